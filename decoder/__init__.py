@@ -1,0 +1,8 @@
+"""The unCLIP decoder: CLIP image embedding (and caption) -> 64 px image."""
+
+from decoder.config import DecoderConfig, DecoderRunConfig
+from decoder.network import Decoder
+from decoder.objective import decoder_loss
+from decoder.sampling import DecoderStage
+
+__all__ = ["Decoder", "DecoderConfig", "DecoderRunConfig", "DecoderStage", "decoder_loss"]

@@ -1,0 +1,62 @@
+"""Wiring of a decoder training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from decoder.config import DecoderRunConfig
+from decoder.network import Decoder
+from decoder.objective import decoder_loss
+from decoder.sampling import KIND, DecoderStage
+from unclip.bundle import save_part
+from unclip.clip import FrozenCLIP
+from unclip.config import parse_config
+from unclip.data import make_grid, to_pil
+from unclip.diffusion import GaussianDiffusion
+from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
+
+_PREVIEWS = 16
+
+
+def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
+    """Train a decoder on the images and captions of `config.data`, embedded by the frozen CLIP."""
+    clip = FrozenCLIP.load(config.clip, device=distributed.device)
+    memo = EmbeddingMemo(clip, config.clip_cache)
+    model = parse_config(
+        type(config.model),
+        {
+            **config.model.model_dump(),
+            "embedding_dim": clip.embedding_dim,
+            "token_dim": clip.token_dim,
+            "text_length": clip.context_length,
+        },
+    )
+    config = config.model_copy(update={"model": model})
+    torch.manual_seed(config.train.seed)
+    network = Decoder(model)
+    process = GaussianDiffusion(model.diffusion)
+    batches = open_batches(config.data, config.train, distributed)
+    preview: dict[str, Any] = {}
+
+    def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        embedding, text = memo.encode_image(image), memo.encode_text(batch["caption"])
+        preview.setdefault("first", (embedding[:_PREVIEWS], text[:_PREVIEWS], image[:_PREVIEWS]))
+        return decoder_loss(engine, process, model, image, embedding, text, generator)
+
+    def sample(ema_network: nn.Module) -> Image.Image:
+        """The first images of the run above what the decoder makes of their embeddings."""
+        embedding, text, real = preview["first"]
+        stage = DecoderStage(ema_network, model, distributed.device)
+        drawn = stage.sample(embedding, range(len(embedding)), text=text)
+        return make_grid([to_pil(x) for x in torch.cat([real.cpu(), drawn.cpu()])], len(embedding))
+
+    def export(state: dict[str, Tensor], folder: Path) -> None:
+        save_part(folder, KIND, model, state)
+
+    return fit(network, loss_fn, batches, config.train, run_config=config, export=export, sample=sample)

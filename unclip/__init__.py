@@ -1,0 +1,24 @@
+"""unCLIP: text -> CLIP image embedding -> 64 px -> 256 px -> 1024 px. Heavy modules load when first used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from unclip.errors import UnclipError, UsageError
+
+if TYPE_CHECKING:
+    from unclip.clip import FrozenCLIP
+    from unclip.pipeline import UnCLIP
+
+__version__ = "0.1.0"
+__all__ = ["FrozenCLIP", "UnCLIP", "UnclipError", "UsageError", "__version__"]
+
+_LAZY = {"UnCLIP": "unclip.pipeline", "FrozenCLIP": "unclip.clip"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'unclip' has no attribute {name!r}")

@@ -1,0 +1,181 @@
+"""Model folders on disk: `config.json` + safetensors a part, and `unclip.json` naming the parts of a whole bundle.
+
+Nothing is ever unpickled. Every file is written under a temporary name and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclip.config import ConfigT, parse_config
+from unclip.errors import UnclipError
+
+FORMAT = 1
+MANIFEST = "unclip.json"
+PARTS = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
+MAX_SHARD_BYTES = 15 * 2**20  # hosts that refuse files above 16 MiB still take every shard
+
+
+def save_part(
+    folder: Path,
+    kind: str,
+    config: Any,
+    state: Mapping[str, Tensor],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write one part: `config.json` {"format", "kind", "config", …extra} and the weights, replacing the folder as a whole."""
+    body = {"format": FORMAT, "kind": kind, "config": config.model_dump(mode="json"), **(extra or {})}
+    with replacing(folder) as temporary:
+        write_json(temporary / "config.json", body)
+        save_weights(temporary, state)
+
+
+def load_part(folder: Path, kind: str, config_cls: type[ConfigT]) -> tuple[ConfigT, dict[str, Tensor]]:
+    """Read one part -> (its validated configuration, float32 weights). UnclipError says what is missing or does not fit."""
+    body = read_part_json(folder, kind)
+    config = parse_config(config_cls, body["config"], origin=str(folder / "config.json"))
+    return config, load_weights(folder)
+
+
+def read_part_json(folder: Path, kind: str) -> dict[str, Any]:
+    """The parsed `config.json` of a part, checked for format and kind."""
+    file = folder / "config.json"
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+        raise UnclipError(f"{folder} is not a model part: config.json is missing (found: {found or 'an empty folder'})")
+    body = read_json(file)
+    if body.get("format") != FORMAT or "config" not in body:
+        raise UnclipError(f"{file} has format {body.get('format')!r}, this version reads format {FORMAT}")
+    if body.get("kind") != kind:
+        raise UnclipError(f"{folder} holds a {body.get('kind')!r}, expected a {kind!r}")
+    return body
+
+
+def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Load weights that must fit exactly; UnclipError names the first keys that do not."""
+    own = module.state_dict()
+    missing = sorted(set(own) - set(state))
+    unknown = sorted(set(state) - set(own))
+    shapes = [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = [f"missing {k}" for k in missing] + [f"unknown {k}" for k in unknown] + shapes
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UnclipError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:3])}{more}")
+    module.load_state_dict(dict(state))
+
+
+def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write `model.safetensors`, or numbered shards and an index when it would exceed MAX_SHARD_BYTES."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_BYTES
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
+    if plan.is_sharded:
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        )
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `model*.safetensors` in float32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    state: dict[str, Tensor] = {}
+    for name in names:
+        file = folder / name
+        if Path(name).name != name or not file.is_file():
+            raise UnclipError(f"{folder} has no weights: {name} is missing")
+        try:
+            state.update(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise UnclipError(f"{file} is damaged or not a safetensors file: {error}") from error
+    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`unclip.json` of a bundle; UnclipError when the folder is none or a part it names is missing."""
+    if not folder.is_dir():
+        raise UnclipError(f"no model folder at {folder}; name a folder that holds {MANIFEST}, or a Hub id user/name")
+    file = folder / MANIFEST
+    if not file.is_file():
+        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise UnclipError(f"{folder} is not a bundle: {MANIFEST} is missing (found: {found}); `unclip bundle` makes one")
+    manifest = read_json(file)
+    if manifest.get("format") != FORMAT:
+        raise UnclipError(f"{file} has format {manifest.get('format')!r}, this version reads format {FORMAT}")
+    parts = manifest.get("parts")
+    if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
+        raise UnclipError(f"{file} names no parts; expected {{'parts': {{'clip': 'clip', …}}}}")
+    for part, name in parts.items():
+        inside = (folder / name).resolve()
+        if folder.resolve() not in inside.parents:
+            raise UnclipError(f"{file} points part {part!r} outside the bundle ({name!r})")
+        if not inside.is_dir():
+            there = ", ".join(p for p, n in parts.items() if (folder / n).is_dir()) or "none of them"
+            raise UnclipError(f"{folder} is incomplete: part {part!r} is missing (present: {there})")
+    return manifest
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UnclipError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise UnclipError(f"{file} holds a {type(body).__name__}, expected a JSON object")
+    return body
+
+
+def write_json(file: Path, body: dict[str, Any]) -> None:
+    """Atomically."""
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+class replacing:
+    """Context manager: fill a temporary folder, which takes the place of `folder` when the block ends without an error."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def __enter__(self) -> Path:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self.folder.parent))
+        except OSError as error:
+            raise UnclipError(f"cannot write to {self.folder.parent}: {error.strerror or error}") from error
+        self.temporary.chmod(0o755)  # mkdtemp's 0700 would hide the model from other users
+        return self.temporary
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        old = self.folder.with_name(f".tmp-old-{os.getpid()}-{self.folder.name}")
+        if self.folder.exists():
+            self.folder.rename(old)
+        self.temporary.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)

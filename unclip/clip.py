@@ -1,0 +1,236 @@
+"""FrozenCLIP: text and image embeddings from any open_clip model. The only module that imports open_clip."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import shutil
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip.bundle import read_json, replacing, save_weights, write_json
+from unclip.errors import UnclipError
+
+CONFIG_FILE = "open_clip_config.json"
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What the stages take from a caption: `tokens` (B, L, D), `mask` (B, L) True = real token, `embedding` (B, E)."""
+
+    tokens: Tensor
+    mask: Tensor
+    embedding: Tensor
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def __getitem__(self, index: Any) -> TextFeatures:
+        return TextFeatures(self.tokens[index], self.mask[index], self.embedding[index])
+
+    def to(self, device: torch.device | str) -> TextFeatures:
+        return TextFeatures(self.tokens.to(device), self.mask.to(device), self.embedding.to(device))
+
+
+class FrozenCLIP(nn.Module):
+    """A CLIP that never learns: eval mode always, no gradients. Embeddings have unit length.
+
+    `model` is an open_clip CLIP, `tokenizer` its tokenizer; use `load`.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, source: str = "a model in memory") -> None:
+        super().__init__()
+        import open_clip
+
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.source = source
+        preprocess = open_clip.model.get_model_preprocess_cfg(model)
+        size = preprocess.get("size", 224)
+        self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
+        mean = preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN
+        std = preprocess.get("std") or open_clip.OPENAI_DATASET_STD
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        tower = model.text if hasattr(model, "text") else model
+        if not hasattr(tower, "ln_final"):
+            raise UnclipError(f"the text tower of {source} gives no token features; use a CLIP with open_clip's own text tower")
+        self._final_norm: nn.Module = tower.ln_final
+        self.context_length = int(getattr(tower, "context_length", 77))
+        self.token_dim = int(self._final_norm.weight.shape[0])  # type: ignore[union-attr, arg-type]
+        with torch.no_grad():
+            self.embedding_dim = int(self.model.encode_text(self._tokenize([""])[0]).shape[-1])  # type: ignore[operator]
+
+    @classmethod
+    def load(cls, name: str, pretrained: str | None = None, device: torch.device | str = "cpu") -> FrozenCLIP:
+        """Load a CLIP by what `name` is: a folder with `open_clip_config.json` (+ weights), an open_clip architecture
+        (with a `pretrained` tag or file, or `name` as 'ViT-B-32/openai'), or a Hub id 'hf-hub:user/name'.
+
+        Raises UnclipError when nothing of that name can be loaded; pretrained weights that open_clip must download are
+        kept in the Hub's cache.
+        """
+        import open_clip
+
+        logging.getLogger("open_clip").setLevel(logging.ERROR)
+        folder = Path(name)
+        tokenizer_options: dict[str, Any] = {}
+        if folder.is_dir():
+            if not (folder / CONFIG_FILE).is_file():
+                found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+                raise UnclipError(f"{folder} is not an open_clip model: {CONFIG_FILE} is missing (found: {found})")
+            tokenizer_options = _tokenizer_options(folder)
+            identifier = f"local-dir:{folder.resolve()}"
+        else:
+            known = open_clip.list_models()
+            if pretrained is None and "/" in name and name.split("/")[0] in known:
+                name, pretrained = name.split("/", 1)
+            if not name.startswith("hf-hub:") and name not in known:
+                raise UnclipError(
+                    f"no CLIP called {name!r}: it is no folder, no open_clip architecture (`unclip info` counts "
+                    f"{len(known)}) and no 'hf-hub:user/name'"
+                )
+            if name in known and pretrained is None:
+                raise UnclipError(f"the architecture {name!r} alone has random weights; name a pretrained tag: '{name}/openai'")
+            identifier = name
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = open_clip.create_model(identifier, pretrained=pretrained)
+                tokenizer = open_clip.get_tokenizer(identifier, **tokenizer_options)
+        except Exception as error:  # open_clip raises whatever its loaders raise
+            raise UnclipError(f"the CLIP {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        return cls(model, tokenizer, name).to(device)
+
+    def train(self, mode: bool = True) -> FrozenCLIP:
+        """Stays in eval mode: the CLIP is frozen."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def encode_text(self, captions: Sequence[str]) -> TextFeatures:
+        """Captions -> token features (the final LayerNorm's output), mask and unit-length embedding, float32.
+
+        A caption longer than the context is cut, with a warning that quotes the words dropped.
+        """
+        ids, mask = self._tokenize(captions)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        caught: list[Tensor] = []
+        handle = self._final_norm.register_forward_hook(lambda _m, _i, output: caught.append(output))
+        try:
+            embedding = self.model.encode_text(ids)  # type: ignore[operator]
+        finally:
+            handle.remove()
+        tokens = caught[-1].float()
+        return TextFeatures(tokens * mask[..., None], mask, F.normalize(embedding.float(), dim=-1))
+
+    @torch.no_grad()
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], any size -> unit-length embeddings (B, E), float32."""
+        size = (self.image_size, self.image_size)
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+        pixels = ((images + 1) / 2 - self.mean) / self.std
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
+
+    def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """-> ids (B, L), mask (B, L): start to end token, padding left out."""
+        ids: Tensor = self.tokenizer(list(captions), context_length=self.context_length)
+        end = getattr(self.tokenizer, "eot_token_id", None)
+        if end is None:  # a Hugging Face tokenizer
+            pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", 0) or 0
+            return ids, ids != pad
+        last = (ids == end).int().argmax(dim=1, keepdim=True)
+        for caption, row in zip(captions, ids, strict=True):
+            self._warn_if_cut(caption, row)
+        return ids, torch.arange(ids.shape[1]) <= last
+
+    def _warn_if_cut(self, caption: str, row: Tensor) -> None:
+        if row[-1] == 0:  # there was room left
+            return
+        whole = self.tokenizer.encode(caption)
+        room = self.context_length - 2
+        if len(whole) > room:
+            dropped = self.tokenizer.decode(whole[room:]).strip()
+            warnings.warn(
+                f"the prompt is longer than CLIP's {self.context_length} tokens and was cut; dropped: {dropped!r}", stacklevel=3
+            )
+
+
+def build_trainable(config: dict[str, Any], folder: Path | None = None) -> tuple[nn.Module, Any]:
+    """A new open_clip CLIP from a `model_cfg` dictionary, with its tokenizer: what train_clip.py trains.
+
+    `folder` resolves a relative `bpe_path` of the tokenizer.
+    """
+    import open_clip
+
+    text = dict(config["text_cfg"])
+    options = dict(text.pop("tokenizer_kwargs", None) or {})
+    if folder is not None and "bpe_path" in options:
+        options["bpe_path"] = str(folder / options["bpe_path"])
+    tokenizer = open_clip.SimpleTokenizer(context_length=text.get("context_length", 77), **options)
+    if text.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
+        raise UnclipError(f"text_cfg.vocab_size is {text['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens")
+    text["vocab_size"] = tokenizer.vocab_size
+    model = open_clip.model.CLIP(
+        config["embed_dim"], dict(config["vision_cfg"]), text,
+        nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a parameter without dimensions
+        output_dict=True,
+    )
+    return model, tokenizer
+
+
+def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, rank: int = 0, world_size: int = 1) -> Tensor:
+    """open_clip's contrastive loss over all processes' unit-length embeddings (B, E); a scalar."""
+    import open_clip
+
+    loss = open_clip.ClipLoss(local_loss=world_size > 1, gather_with_grad=world_size > 1, rank=rank, world_size=world_size)
+    return loss(image, text, logit_scale)  # type: ignore[no-any-return]
+
+
+def save_folder(folder: Path, model_config: dict[str, Any], state: dict[str, Tensor], bpe: Path | None) -> None:
+    """Write a CLIP in open_clip's local-dir layout: `open_clip_config.json`, `open_clip_model.safetensors`, vocabulary."""
+    size = model_config["vision_cfg"]["image_size"]
+    preprocess = {"size": [size, size], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    with replacing(folder) as temporary:
+        write_json(temporary / CONFIG_FILE, {"model_cfg": model_config, "preprocess_cfg": preprocess})
+        save_weights(temporary, state)
+        (temporary / "model.safetensors").rename(temporary / "open_clip_model.safetensors")
+        if bpe is not None:
+            shutil.copyfile(bpe, temporary / bpe.name)
+
+
+def write_vocabulary(file: Path, merges: int) -> int:
+    """The first `merges` merges of CLIP's byte-pair vocabulary as a file of its own; returns the number of tokens.
+
+    Merges are ordered by how common they are, so a small CLIP keeps whole common words and spells rare ones.
+    """
+    from open_clip.tokenizer import default_bpe
+
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as whole:
+        lines = whole.read().split("\n")[: merges + 1]
+    temporary = file.with_name(f".tmp-{file.name}")
+    with open(temporary, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed:
+        packed.write("\n".join(lines).encode())
+    temporary.replace(file)
+    return 2 * 256 + merges + 2
+
+
+def _tokenizer_options(folder: Path) -> dict[str, Any]:
+    """open_clip resolves a relative `bpe_path` against the working directory; here it belongs to the model's folder."""
+    text = read_json(folder / CONFIG_FILE).get("model_cfg", {}).get("text_cfg", {})
+    path = (text.get("tokenizer_kwargs") or {}).get("bpe_path")
+    if not path:
+        return {}
+    if Path(path).name != path or not (folder / path).is_file():
+        raise UnclipError(f"{folder} is incomplete: its vocabulary {path!r} is missing")
+    return {"bpe_path": str(folder / path)}

@@ -1,0 +1,217 @@
+"""Configuration: YAML and `key=value` overrides become validated, immutable objects.
+
+Every run is described by one complete YAML file (`configs/<stage>/<recipe>.yaml`). An unknown key or a value out of range
+ends in one sentence that names the key and, for a misspelt one, the nearest that exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unclip.errors import UsageError
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every configuration object: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DiffusionConfig(Config):
+    """The forward process and what a network predicts of it."""
+
+    schedule: Literal["linear", "cosine"] = "cosine"
+    timesteps: int = Field(1000, ge=2, le=100_000)
+    prediction: Literal["epsilon", "x_start", "v"] = "epsilon"
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    vb_weight: float = Field(0.001, ge=0, description="λ of L_hybrid (Improved DDPM, eq. 16); learned_range only")
+    timestep_bias: float = Field(
+        1.0, gt=0, description="t/T = u^(1/bias), u uniform: 1 draws t uniformly, 2 favours noisy timesteps"
+    )
+
+
+class SyntheticConfig(Config):
+    """Captioned shapes drawn on the fly; see unclip.data.synthetic."""
+
+    size: int = Field(4096, ge=1, description="number of scenes in an epoch")
+    max_objects: int = Field(2, ge=1, le=3)
+
+
+class DataConfig(Config):
+    """Where captioned images come from and how one becomes a training sample."""
+
+    source: str = Field(
+        "synthetic",
+        description="'synthetic', a folder of images with metadata.jsonl, a parquet file or glob, webdataset tars "
+        "(file, folder or glob), or a Hugging Face Hub id",
+    )
+    split: str = "train"
+    streaming: bool = False
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_size: int = Field(64, ge=8, le=2048, description="edge of the square image after resizing, in pixels")
+    crop_size: int | None = Field(None, ge=8, description="edge of a random crop of the resized image")
+    horizontal_flip: bool = False
+    augment: bool = Field(False, description="random shift, scale, rotation and background for CLIP training")
+    cache: bool = Field(False, description="keep decoded images in memory (small sets)")
+    shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> DataConfig:
+        if self.crop_size is not None and self.crop_size > self.image_size:
+            raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW, warm-up and decay of the learning rate."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 leaves gradients alone")
+
+
+class WandbConfig(Config):
+    """Weights & Biases. `auto` is online when somebody is logged in and offline otherwise."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    project: str = "unclip"
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+class TrainConfig(Config):
+    """What the shared training loop needs to know (unclip.training.fit)."""
+
+    run_dir: str = Field("runs/run", description="checkpoints, metrics.jsonl, samples and the exported model go here")
+    steps: int = Field(1000, ge=1, description="optimizer steps")
+    batch_size: int = Field(32, ge=1, description="samples a step over all processes and accumulation")
+    accumulation: int = Field(1, ge=1, description="micro-batches a step")
+    seed: int = Field(0, ge=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16 means autocast; parameters and EMA stay float32"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    compile: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    sample_every: int = Field(0, ge=0, description="steps between grids of samples; 0 draws none")
+    wandb: WandbConfig = WandbConfig()
+
+
+def load_config(cls: type[ConfigT], path: str | Path, overrides: list[str] | None = None) -> ConfigT:
+    """Read a YAML file, apply `a.b=value` overrides (values parsed as YAML) and validate.
+
+    Raises UsageError: file missing or not YAML, an override without `=`, an unknown key, a value out of range.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UsageError(f"no configuration file at {file}; the ready ones are in configs/<stage>/<recipe>.yaml")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not valid YAML: {_first_line(error)}") from error
+    if not isinstance(data, dict):
+        raise UsageError(f"{file} holds a {type(data).__name__} at its top, expected keys and values")
+    for override in overrides or []:
+        _apply_override(data, override)
+    return parse_config(cls, data, origin=str(file))
+
+
+def parse_config(cls: type[ConfigT], data: dict[str, Any], origin: str = "the configuration") -> ConfigT:
+    """Validate a plain dictionary; every problem is named in one UsageError."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(_explain(cls, problem) for problem in error.errors())
+        raise UsageError(f"{origin}: {problems}") from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    key = key.lstrip("-")
+    if not separator or not key:
+        raise UsageError(f"the override {override!r} is not of the form key=value, such as train.steps=1000")
+    node: Any = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UsageError(f"the override {override!r} goes below {parent!r}, which is a value and not a section")
+    try:
+        node[last] = _yaml_scalar(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"the override {override!r} has a value that is not YAML: {_first_line(error)}") from error
+
+
+def _yaml_scalar(text: str) -> Any:
+    """YAML 1.1 reads `1e-4` as a string; people mean the number."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(cls: type[BaseModel], problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        names = _fields_at(cls, location[:-1])
+        close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
+        prefix = ".".join(location[:-1])
+        nearest = f"did you mean {'.'.join(filter(None, [prefix, close[0]]))!r}?" if close else f"known: {', '.join(names)}"
+        return f"unknown key {key!r}; {nearest}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'configuration'}: {message[0].lower() + message[1:]} (got {_short(problem.get('input'))})"
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the model found by walking `path` through nested models."""
+    model: Any = cls
+    for name in path:
+        field = model.model_fields.get(name) if _is_model(model) else None
+        if field is None:
+            continue  # a list index or the tag of a union
+        model = _model_of(field.annotation) or model
+    return sorted(model.model_fields) if _is_model(model) else []
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if _is_model(annotation):
+        return annotation  # type: ignore[no-any-return]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list):
+        return next((m for a in typing.get_args(annotation) if (m := _model_of(a))), None)
+    return None
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

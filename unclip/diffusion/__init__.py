@@ -1,0 +1,11 @@
+"""The diffusion process, its samplers and guidance. Nothing here knows a network's architecture."""
+
+from unclip.diffusion.guidance import Clip, Denoiser, dynamic_threshold, make_denoiser, static_clip
+from unclip.diffusion.process import GaussianDiffusion, Prediction, Step
+from unclip.diffusion.samplers import SAMPLERS, SeededNoise, ddim, ddpm, dpmpp_2m, get_sampler
+from unclip.diffusion.schedule import betas, spaced_timesteps
+
+__all__ = [
+    "SAMPLERS", "Clip", "Denoiser", "GaussianDiffusion", "Prediction", "SeededNoise", "Step", "betas", "ddim", "ddpm",
+    "dpmpp_2m", "dynamic_threshold", "get_sampler", "make_denoiser", "spaced_timesteps", "static_clip",
+]

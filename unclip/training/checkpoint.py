@@ -1,0 +1,58 @@
+"""Resumable run state: DeepSpeed's shards plus, for each process, EMA, random states and the position in the data."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unclip.errors import UnclipError
+from unclip.training.distributed import Distributed
+from unclip.training.engine import barrier, load_engine, save_engine
+
+_PREFIX = "step-"
+
+
+def save_checkpoint(
+    folder: Path, step: int, engine: Any, own: dict[str, Any], keep: int, distributed: Distributed
+) -> None:
+    """Write `folder/step-N` under a temporary name and rename it when every process is done; keep the newest `keep`."""
+    temporary = folder / f".tmp-{_PREFIX}{step:08d}"
+    if distributed.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    save_engine(engine, temporary)
+    torch.save({**own, "step": step, "world_size": distributed.world_size}, temporary / f"rank-{distributed.rank}.pt")
+    barrier()
+    if distributed.is_main:
+        final = folder / f"{_PREFIX}{step:08d}"
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    barrier()
+
+
+def load_checkpoint(folder: Path, engine: Any, distributed: Distributed) -> dict[str, Any] | None:
+    """Restore the newest checkpoint into the engine and return this process's own part; None where there is none."""
+    found = checkpoints(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    written_by = len(list(newest.glob("rank-*.pt")))
+    if written_by != distributed.world_size:
+        raise UnclipError(
+            f"{newest} was written by {written_by} processes and cannot be continued by {distributed.world_size}; start "
+            f"{written_by}, or choose another train.run_dir"
+        )
+    own: dict[str, Any] = torch.load(newest / f"rank-{distributed.rank}.pt", weights_only=True)
+    load_engine(engine, newest)
+    return own
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if path.is_dir())

@@ -1,0 +1,98 @@
+"""Training a small open_clip-configured CLIP, so that a system can be whole without downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unclip.clip import build_trainable, clip_loss, save_folder, write_vocabulary
+from unclip.config import Config, DataConfig, TrainConfig
+from unclip.training.distributed import Distributed
+from unclip.training.launch import open_batches
+from unclip.training.loop import fit
+
+_VOCABULARY = "bpe_vocabulary.txt.gz"
+
+
+class TowerConfig(Config):
+    """A Transformer tower of the CLIP (open_clip's names)."""
+
+    width: int = Field(128, ge=16)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+
+
+class ClipConfig(Config):
+    """A ViT and a causal text Transformer meeting in `embed_dim`."""
+
+    embed_dim: int = Field(256, ge=8)
+    image_size: int = Field(64, ge=16)
+    patch_size: int = Field(8, ge=2)
+    context_length: int = Field(32, ge=4)
+    vocabulary_merges: int = Field(
+        48894, ge=0, le=48894, description="merges kept of CLIP's byte-pair vocabulary, commonest first; 48894 is all"
+    )
+    vision: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+
+    def open_clip_config(self) -> dict[str, Any]:
+        """The `model_cfg` of open_clip_config.json."""
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+                "width": self.vision.width,
+                "layers": self.vision.layers,
+                "head_width": self.vision.width // self.vision.heads,
+                "pool_type": "avg",
+            },
+            "text_cfg": {
+                "context_length": self.context_length,
+                "vocab_size": 2 * 256 + self.vocabulary_merges + 2,
+                "width": self.text.width,
+                "layers": self.text.layers,
+                "heads": self.text.heads,
+                "tokenizer_kwargs": {"bpe_path": _VOCABULARY},
+            },
+        }
+
+
+class ClipRunConfig(Config):
+    """A whole CLIP training run."""
+
+    model: ClipConfig = ClipConfig()
+    data: DataConfig = DataConfig(augment=True)
+    train: TrainConfig = TrainConfig()
+
+
+def run(config: ClipRunConfig, distributed: Distributed) -> Path:
+    """Train and write the model in open_clip's local-dir layout."""
+    run_dir = Path(config.train.run_dir)
+    vocabulary_folder = run_dir / f"vocabulary-{distributed.rank}"  # one a process: no file is written twice
+    vocabulary_folder.mkdir(parents=True, exist_ok=True)
+    write_vocabulary(vocabulary_folder / _VOCABULARY, config.model.vocabulary_merges)
+    torch.manual_seed(config.train.seed)
+    model, tokenizer = build_trainable(config.model.open_clip_config(), vocabulary_folder)
+
+    def loss_fn(network: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        output = network(batch["image"], tokenizer(batch["caption"]).to(batch["image"].device))
+        image, text = output["image_features"].float(), output["text_features"].float()
+        # CLIP bounds the scale at 100 (Radford et al. 2021, §2.5).
+        loss = clip_loss(image, text, output["logit_scale"].clamp(max=100), distributed.rank, distributed.world_size)
+        similarity = image @ text.T
+        accuracy = (similarity.argmax(1) == torch.arange(len(image), device=image.device)).float()
+        return {"loss": loss[None], "accuracy": accuracy}
+
+    def export(state: dict[str, Tensor], folder: Path) -> None:
+        # open_clip's loader is strict: no non-persistent buffers, and a logit scale without dimensions.
+        body = {name: state[name].half() for name in model.state_dict()}
+        body["logit_scale"] = body["logit_scale"].reshape(())
+        save_folder(folder, config.model.open_clip_config(), body, vocabulary_folder / _VOCABULARY)
+
+    batches = open_batches(config.data, config.train, distributed)
+    return fit(model, loss_fn, batches, config.train, run_config=config, export=export)

@@ -1,0 +1,41 @@
+"""The upsamplers 64 → 256 → 1024: convolution-only diffusion models conditioned on the low-resolution image.
+
+ADM U-Nets without attention, text or guidance (unCLIP §2.1, App. C). Modules are imported at first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
+    from upsamplers.corruption import corrupt
+    from upsamplers.network import Upsampler
+    from upsamplers.objective import upsampler_loss
+    from upsamplers.sampling import UpsamplerStage
+
+__all__ = [
+    "Upsampler",
+    "UpsamplerConfig",
+    "UpsamplerRunConfig",
+    "UpsamplerStage",
+    "corrupt",
+    "upsampler_loss",
+]
+
+_HOME = {
+    "Upsampler": "network",
+    "UpsamplerConfig": "config",
+    "UpsamplerRunConfig": "config",
+    "UpsamplerStage": "sampling",
+    "corrupt": "corruption",
+    "upsampler_loss": "objective",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

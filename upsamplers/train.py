@@ -1,0 +1,59 @@
+"""Wiring of an upsampler's training: data, network, loss, export and preview go to the shared loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unclip.bundle import save_part
+from unclip.data import build_batches, make_grid, to_pil
+from unclip.diffusion import GaussianDiffusion
+from unclip.diffusion.guidance import Network
+from unclip.training import Distributed, fit, open_batches
+from upsamplers.config import UpsamplerRunConfig
+from upsamplers.network import Upsampler
+from upsamplers.objective import downsample, upsampler_loss
+from upsamplers.sampling import KIND, UpsamplerStage
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_PREVIEWS = 4
+
+
+def run(config: UpsamplerRunConfig, distributed: Distributed) -> Path:
+    """Train as configured; returns the folder of the exported EMA model."""
+    train = config.train
+    torch.manual_seed(train.seed)  # the network's initial weights
+    network = Upsampler(config.model)
+    process = GaussianDiffusion(config.model.diffusion)
+    batches = open_batches(config.data, train, distributed)
+
+    def loss_fn(network: Network, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
+        return upsampler_loss(network, process, config.model, batch, generator)
+
+    def export(state: dict[str, Tensor], folder: Path) -> None:
+        save_part(folder, KIND, config.model, state)
+
+    sample = _preview(config) if train.sample_every and distributed.rank == 0 else None
+    return fit(network, loss_fn, batches, train, run_config=config, export=export, sample=sample)
+
+
+def _preview(config: UpsamplerRunConfig) -> Any:
+    """A function that draws condition, result and original of a few whole images, one column an image."""
+    data = config.data.model_copy(update={"crop_size": None, "cache": False})
+    truth = next(build_batches(data, batch_size=_PREVIEWS, seed=config.train.seed + 1))["image"]
+    low_res = downsample(truth, config.model)
+
+    def sample(network: nn.Module) -> Image.Image:
+        assert isinstance(network, Upsampler)
+        result = UpsamplerStage.from_network(network).sample(low_res, range(len(low_res))).cpu()
+        blocks = F.interpolate(low_res, size=truth.shape[-2:], mode="nearest")
+        return make_grid([to_pil(image) for image in torch.cat([blocks, result, truth])], columns=len(truth))
+
+    return sample
