@@ -58,6 +58,12 @@ class DecoderStage:
             raise UnclipError(
                 f"image embeddings of shape {tuple(embedding.shape)}; this decoder takes ({count}, {config.embedding_dim})"
             )
+        tokens = (count, config.text_length, config.token_dim)
+        if text is not None and text.tokens.shape != tokens:
+            raise UnclipError(
+                f"text tokens of shape {tuple(text.tokens.shape)}; this decoder takes {tokens}, as the CLIP it was trained "
+                "with gives them"
+            )
         condition = self._condition(embedding, text, count)
         yes = torch.ones(count, dtype=torch.bool, device=self.device)
         null = {**condition, "drop_embedding": yes, "drop_text": yes}
@@ -73,7 +79,8 @@ class DecoderStage:
         noise = SeededNoise(seeds)
         size = config.unet.image_size
         x = noise.draw((3, size, size), self.device)
-        kept = self.process.steps(spaced_timesteps(self.process.timesteps, steps or config.steps))
+        steps = config.steps if steps is None else steps
+        kept = self.process.steps(spaced_timesteps(self.process.timesteps, steps))
         options = {} if eta is None else {"eta": eta}
         return get_sampler(sampler or config.sampler)(denoiser, x, kept, noise, callback=callback, **options).clamp(-1, 1)
 

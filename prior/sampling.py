@@ -15,6 +15,7 @@ from unclip.bundle import load_part, load_strict
 from unclip.clip import TextFeatures
 from unclip.diffusion import GaussianDiffusion, SeededNoise, get_sampler, make_denoiser, spaced_timesteps, static_clip
 from unclip.diffusion.samplers import Callback
+from unclip.errors import UnclipError, UsageError
 
 KIND = "prior"
 
@@ -51,8 +52,12 @@ class PriorStage:
         """Captions' features (B) and one seed each -> image embeddings (B, E) of unit length, float32.
 
         Of `candidates` samples a caption the one with the largest dot product with the text embedding is kept (unCLIP §2.2).
+        Raises UnclipError: features that do not fit this prior or the number of seeds, no steps, no candidates.
         """
-        config, number = self.config, candidates or self.config.candidates
+        config, number = self.config, self.config.candidates if candidates is None else candidates
+        if number < 1:
+            raise UsageError(f"candidates is {number}; at least one sample a caption must be drawn")
+        self._check(text, len(seeds))
         text = text.to(self.device)
         index = torch.arange(len(seeds)).repeat_interleave(number)
         # A candidate's noise hangs on its caption's seed and its own number alone, whatever else is in the batch.
@@ -79,11 +84,21 @@ class PriorStage:
             config.guidance if guidance is None else guidance,
             static_clip(config.clip_range),
         )
-        kept = self.process.steps(spaced_timesteps(self.process.timesteps, steps or config.steps))
+        steps = config.steps if steps is None else steps
+        kept = self.process.steps(spaced_timesteps(self.process.timesteps, steps))
         x = noise.draw((config.embedding_dim,), self.device)
         x = get_sampler(sampler or config.sampler)(denoiser, x, kept, noise, callback=callback)
         embedding = F.normalize(self.network.denormalise(x).float(), dim=1)
         return best_of(embedding.unflatten(0, (len(seeds), number)), text.embedding)
+
+    def _check(self, text: TextFeatures, count: int) -> None:
+        tokens = (count, self.config.text_length, self.config.token_dim)
+        embedding = (count, self.config.embedding_dim)
+        if text.tokens.shape != tokens or text.embedding.shape != embedding:
+            raise UnclipError(
+                f"text tokens of shape {tuple(text.tokens.shape)} and embeddings of shape {tuple(text.embedding.shape)} for "
+                f"{count} seeds; this prior takes {tokens} and {embedding}, as the CLIP it was trained with gives them"
+            )
 
 
 def best_of(candidates: Tensor, text_embedding: Tensor) -> Tensor:

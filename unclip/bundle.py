@@ -1,4 +1,5 @@
-"""Model folders on disk: `config.json` + safetensors a part, and `unclip.json` naming the parts of a whole bundle.
+"""Model folders on disk: `config.json` + safetensors a part, and `unclip.json` naming the parts of a whole
+bundle.
 
 Nothing is ever unpickled. Every file is written under a temporary name and renamed when whole.
 """
@@ -21,7 +22,9 @@ from unclip.errors import UnclipError
 
 FORMAT = 1
 MANIFEST = "unclip.json"
+BUNDLED = "emoji"
 PARTS = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
+_MODELS = Path(__file__).parent / "models"
 MAX_SHARD_BYTES = 15 * 2**20  # hosts that refuse files above 16 MiB still take every shard
 
 
@@ -32,7 +35,9 @@ def save_part(
     state: Mapping[str, Tensor],
     extra: dict[str, Any] | None = None,
 ) -> None:
-    """Write one part: `config.json` {"format", "kind", "config", …extra} and the weights, replacing the folder as a whole."""
+    """Write one part: `config.json` {"format", "kind", "config", …extra} and the weights, replacing the
+    folder as a whole.
+    """
     body = {"format": FORMAT, "kind": kind, "config": config.model_dump(mode="json"), **(extra or {})}
     with replacing(folder) as temporary:
         write_json(temporary / "config.json", body)
@@ -40,10 +45,16 @@ def save_part(
 
 
 def load_part(folder: Path, kind: str, config_cls: type[ConfigT]) -> tuple[ConfigT, dict[str, Tensor]]:
-    """Read one part -> (its validated configuration, float32 weights). UnclipError says what is missing or does not fit."""
+    """Read one part -> (its validated configuration, float32 weights). UnclipError says what is missing or
+    does not fit.
+    """
+    return read_config(folder, kind, config_cls), load_weights(folder)
+
+
+def read_config(folder: Path, kind: str, config_cls: type[ConfigT]) -> ConfigT:
+    """The validated configuration of a part, without its weights."""
     body = read_part_json(folder, kind)
-    config = parse_config(config_cls, body["config"], origin=str(folder / "config.json"))
-    return config, load_weights(folder)
+    return parse_config(config_cls, body["config"], origin=str(folder / "config.json"))
 
 
 def read_part_json(folder: Path, kind: str) -> dict[str, Any]:
@@ -51,7 +62,9 @@ def read_part_json(folder: Path, kind: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
-        raise UnclipError(f"{folder} is not a model part: config.json is missing (found: {found or 'an empty folder'})")
+        raise UnclipError(
+            f"{folder} is not a model part: config.json is missing (found: {found or 'an empty folder'})"
+        )
     body = read_json(file)
     if body.get("format") != FORMAT or "config" not in body:
         raise UnclipError(f"{file} has format {body.get('format')!r}, this version reads format {FORMAT}")
@@ -73,7 +86,9 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Pa
     problems = [f"missing {k}" for k in missing] + [f"unknown {k}" for k in unknown] + shapes
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UnclipError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:3])}{more}")
+        raise UnclipError(
+            f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:3])}{more}"
+        )
     module.load_state_dict(dict(state))
 
 
@@ -91,7 +106,8 @@ def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
         (folder / name).chmod(0o644)  # safetensors makes it readable by its owner alone
     if plan.is_sharded:
         write_json(
-            folder / "model.safetensors.index.json", {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            folder / "model.safetensors.index.json",
+            {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename},
         )
 
 
@@ -101,7 +117,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    names = _shards(index) if index.is_file() else ["model.safetensors"]
     state: dict[str, Tensor] = {}
     for name in names:
         file = folder / name
@@ -114,14 +130,52 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
 
 
+def _shards(index: Path) -> list[str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise UnclipError(f"{index} names no weights; expected {{'weight_map': {{tensor: file, …}}}}")
+    return sorted(set(names.values()))
+
+
+def resolve_model(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: the bundled name, an existing folder, or a Hub id, which is downloaded into the
+    Hub's cache.
+    """
+    text, folder = str(name), Path(name).expanduser()
+    if text == BUNDLED and not (folder / MANIFEST).is_file():
+        return _MODELS / BUNDLED
+    looks_like_hub_id = (
+        text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+    )
+    if folder.exists() or not looks_like_hub_id:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                text, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt.gz", "*.md"]
+            )
+        )
+    except Exception as error:  # the Hub's client raises many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UnclipError(
+            f"no folder {text!r} here, and the Hub gave no model of that name: {reason}"
+        ) from error
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`unclip.json` of a bundle; UnclipError when the folder is none or a part it names is missing."""
     if not folder.is_dir():
-        raise UnclipError(f"no model folder at {folder}; name a folder that holds {MANIFEST}, or a Hub id user/name")
+        raise UnclipError(
+            f"no model folder at {folder}; name a folder that holds {MANIFEST}, or a Hub id user/name"
+        )
     file = folder / MANIFEST
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise UnclipError(f"{folder} is not a bundle: {MANIFEST} is missing (found: {found}); `unclip bundle` makes one")
+        raise UnclipError(
+            f"{folder} is not a bundle: {MANIFEST} is missing (found: {found}); `unclip bundle` makes one"
+        )
     manifest = read_json(file)
     if manifest.get("format") != FORMAT:
         raise UnclipError(f"{file} has format {manifest.get('format')!r}, this version reads format {FORMAT}")
@@ -156,7 +210,9 @@ def write_json(file: Path, body: dict[str, Any]) -> None:
 
 
 class replacing:
-    """Context manager: fill a temporary folder, which takes the place of `folder` when the block ends without an error."""
+    """Context manager: fill a temporary folder, which takes the place of `folder` when the block ends without
+    an error.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip.bundle import read_json, replacing, save_weights, write_json
+from unclip.bundle import read_json, replacing, write_json
 from unclip.errors import UnclipError
 
 CONFIG_FILE = "open_clip_config.json"
@@ -102,7 +102,7 @@ class FrozenCLIP(nn.Module):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = open_clip.create_model(identifier, pretrained=pretrained)
+                model = open_clip.create_model(identifier, pretrained=pretrained, require_pretrained=True)
                 tokenizer = open_clip.get_tokenizer(identifier, **tokenizer_options)
         except Exception as error:  # open_clip raises whatever its loaders raise
             raise UnclipError(f"the CLIP {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -199,12 +199,16 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, rank: int = 0, w
 
 def save_folder(folder: Path, model_config: dict[str, Any], state: dict[str, Tensor], bpe: Path | None) -> None:
     """Write a CLIP in open_clip's local-dir layout: `open_clip_config.json`, `open_clip_model.safetensors`, vocabulary."""
+    from safetensors.torch import save_file
+
     size = model_config["vision_cfg"]["image_size"]
     preprocess = {"size": [size, size], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     with replacing(folder) as temporary:
         write_json(temporary / CONFIG_FILE, {"model_cfg": model_config, "preprocess_cfg": preprocess})
-        save_weights(temporary, state)
-        (temporary / "model.safetensors").rename(temporary / "open_clip_model.safetensors")
+        # One file whatever its size: open_clip reads no shards.
+        weights = temporary / "open_clip_model.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
+        weights.chmod(0o644)  # safetensors makes it readable by its owner alone
         if bpe is not None:
             shutil.copyfile(bpe, temporary / bpe.name)
 

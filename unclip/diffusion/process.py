@@ -103,6 +103,8 @@ class GaussianDiffusion:
     def to_prediction(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Turn a network's output at (x_t, t) into x̂_0 and ε̂, whatever it predicts."""
         output, fraction = self.split_output(output, x_t.shape[1])
+        if self.config.variance == "fixed_large":  # Σ = β throughout
+            fraction = torch.ones_like(output)
         alpha, sigma = self._alpha_sigma(t, x_t)
         if self.config.prediction == "epsilon":
             return Prediction((x_t - sigma * output) / alpha, output, fraction)

@@ -65,7 +65,10 @@ def fit(
         if step % config.log_every == 0 or step == config.steps:
             now = time.perf_counter()
             speed = (step - logged) * config.batch_size / (now - started)
-            tracker.log(step, {**losses(), "lr": engine.get_lr()[0], "grad_norm": _norm(engine), "images_per_second": speed})
+            tracker.log(
+                step,
+                {**losses(), "lr": engine.get_lr()[0], "grad_norm": train_step.gradient_norm(), "images_per_second": speed},
+            )
             started, logged = now, step
         if config.sample_every and step % config.sample_every == 0:
             _draw(run_dir, step, ema, preview, sample, tracker)
@@ -90,6 +93,12 @@ class _Step:
     ) -> None:
         self.engine, self.loss_fn, self.batches, self.config = engine, loss_fn, batches, config
         self.generator, self.device = generator, distributed.device
+        self._norm: Any = None
+
+    def gradient_norm(self) -> float:
+        """Global norm of the last step's gradients, before clipping."""
+        norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
+        return float(norm) if norm is not None else 0.0
 
     def __call__(self) -> Callable[[], dict[str, float]]:
         """Returns a function that reads the last micro-batch's mean losses (reading waits for the device)."""
@@ -101,6 +110,10 @@ class _Step:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                 losses = self.loss_fn(self.engine, batch, self.generator)
             self.engine.backward(losses["loss"].mean())
+            if self.config.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+                # DeepSpeed keeps the norm itself only where it partitions the gradients.
+                gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+                self._norm = torch.nn.utils.get_total_norm(gradients)
             self.engine.step()
         return lambda: {name: value.detach().float().mean().item() for name, value in losses.items()}
 
@@ -166,7 +179,3 @@ def _draw(
 def _compiled(loss_fn: LossFunction, config: TrainConfig) -> LossFunction:
     return torch.compile(loss_fn) if config.compile else loss_fn
 
-
-def _norm(engine: Any) -> float:
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else float("nan")

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The recipe of the bundled model. Started again, it goes on where it was stopped.
+#   SOURCE=my/noto-emoji examples/emoji/train.sh
+set -euo pipefail
+
+SOURCE=${SOURCE:?set SOURCE to the folder that holds svg/ and metadata.jsonl, see examples/emoji/README.md}
+DATA=${DATA:-data}             # the two rendered data sets
+RUNS=${RUNS:-runs/emoji}       # run folders
+OUT=${OUT:-runs/emoji/model}   # the finished model; unclip/models/emoji to replace the bundled one
+PORT=${PORT:-29500}            # where deepspeed's processes meet; another one for a second run on this machine
+
+SOURCE=$(cd "$SOURCE" && pwd)
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+[ -x .venv/bin/deepspeed ] && PATH="$PWD/.venv/bin:$PATH"
+
+stage() {
+    printf '\n== %s\n' "$*"
+    deepspeed --master_port "$PORT" "$@"
+}
+
+# All emoji without skin tone for the CLIP, the familiar ones at full size for everything that draws.
+python examples/emoji/prepare.py --source "$SOURCE" --size 256 --out "$DATA/emoji_256"
+python examples/emoji/prepare.py --source "$SOURCE" --size 1024 --out "$DATA/emoji_1024" \
+    --names examples/emoji/familiar.txt
+
+clip=$RUNS/clip/model
+familiar=data.source=$DATA/emoji_1024
+stage train_clip.py --config configs/clip/emoji.yaml data.source="$DATA/emoji_256" train.run_dir="$RUNS/clip"
+stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$familiar" train.run_dir="$RUNS/prior"
+stage train_decoder.py --config configs/decoder/emoji_64.yaml clip="$clip" "$familiar" train.run_dir="$RUNS/decoder"
+for size in 64_to_256 256_to_1024; do
+    stage train_upsampler.py --config "configs/upsampler/emoji_$size.yaml" "$familiar" \
+        train.run_dir="$RUNS/upsampler_${size#*_to_}"
+done
+
+unclip bundle --overwrite --out "$OUT" --name emoji --license Apache-2.0 --clip "$clip" \
+    --prior "$RUNS/prior/model" --decoder "$RUNS/decoder/model" \
+    --upsampler-256 "$RUNS/upsampler_256/model" --upsampler-1024 "$RUNS/upsampler_1024/model" \
+    --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md
+python examples/emoji/evaluate.py --data "$DATA/emoji_256" --model "$OUT" --names 0 --sheet "$RUNS/sheet.png"

@@ -1,0 +1,54 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "image_size": 16,
+    "patch_size": 8,
+    "context_length": 12,
+    "vocabulary_merges": 400,
+    "vision": {"width": 32, "layers": 1, "heads": 2},
+    "text": {"width": 24, "layers": 2, "heads": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random CLIP in open_clip's local-dir layout, as train_clip.py writes it."""
+    import torch
+
+    from unclip.clip import build_trainable, save_folder, write_vocabulary
+    from unclip.config import parse_config
+    from unclip.training.clip import ClipConfig
+
+    root = tmp_path_factory.mktemp("clip")
+    model_config = parse_config(ClipConfig, TINY_CLIP).open_clip_config()
+    vocabulary = root / model_config["text_cfg"]["tokenizer_kwargs"]["bpe_path"]
+    write_vocabulary(vocabulary, TINY_CLIP["vocabulary_merges"])  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model, _ = build_trainable(model_config, root)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["logit_scale"] = state["logit_scale"].reshape(())
+    save_folder(root / "model", model_config, state, vocabulary)
+    return root / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_parts(tiny_clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny random CLIP, prior, decoder and two upsamplers that fit together."""
+    from helpers_bundle import make_parts
+
+    return make_parts(tmp_path_factory.mktemp("parts"), tiny_clip_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of those parts, 64 to 1024 px; shared, so do not change it."""
+    from helpers_bundle import make_bundle
+
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "tiny", tiny_parts)

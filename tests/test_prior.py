@@ -1,0 +1,321 @@
+"""The diffusion prior: sequence and masks, dropped captions, normalisation, sampling, and that it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prior import Prior, PriorConfig, PriorStage, prior_loss
+from prior.sampling import KIND, best_of
+from unclip.bundle import save_part
+from unclip.clip import TextFeatures
+from unclip.config import parse_config
+from unclip.diffusion import GaussianDiffusion
+from unclip.errors import UnclipError, UsageError
+
+DIM, TOKEN, LENGTH = 12, 10, 6
+SMALL: dict[str, Any] = {
+    "embedding_dim": DIM,
+    "token_dim": TOKEN,
+    "text_length": LENGTH,
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "steps": 4,
+}
+
+
+def config(**changes: Any) -> PriorConfig:
+    return parse_config(PriorConfig, {**SMALL, **changes})
+
+
+def network(**changes: Any) -> Prior:
+    torch.manual_seed(0)
+    return Prior(config(**changes)).eval()
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def text(count: int, seed: int = 0) -> TextFeatures:
+    """Features as FrozenCLIP gives them: tokens beyond the end are masked."""
+    ends = torch.arange(count) % (LENGTH - 1) + 1
+    mask = torch.arange(LENGTH) <= ends[:, None]
+    tokens = rand(count, LENGTH, TOKEN, seed=seed) * mask[..., None]
+    return TextFeatures(tokens, mask, F.normalize(rand(count, DIM, seed=seed + 1), dim=1))
+
+
+def inputs(count: int = 2) -> dict[str, Tensor]:
+    features = text(count)
+    return {
+        "x_t": rand(count, DIM, seed=3),
+        "t": torch.arange(count) * 300 + 50,
+        "text_embedding": features.embedding,
+        "text_tokens": features.tokens,
+        "text_mask": features.mask,
+        "drop_text": torch.zeros(count, dtype=torch.bool),
+    }
+
+
+def sequence_of(prior: Prior, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What goes into the Transformer, and the mask."""
+    caught: list[Any] = []
+    handle = prior.transformer.register_forward_pre_hook(
+        lambda _module, args, kwargs: caught.append((args[0], kwargs["self_attn_kv_mask"])), with_kwargs=True
+    )
+    prior(**given)
+    handle.remove()
+    return caught[0]
+
+
+# ---- sequence and masks ------------------------------------------------------------------------------------
+
+
+def test_sequence_is_in_the_papers_order() -> None:
+    """Text tokens, text embedding, timestep, noised image embedding, query (unCLIP §2.2)."""
+    prior, given = network(), inputs()
+    base, mask = sequence_of(prior, given)
+    assert base.shape == (2, LENGTH + 4, 32)
+    assert torch.equal(mask, torch.cat([given["text_mask"], torch.ones(2, 4, dtype=torch.bool)], dim=1))
+    changes = {
+        "text_tokens": (rand(2, LENGTH, TOKEN, seed=8), list(range(LENGTH))),
+        "text_embedding": (rand(2, DIM, seed=8), [LENGTH]),
+        "t": (torch.tensor([7, 8]), [LENGTH + 1]),
+        "x_t": (rand(2, DIM, seed=8), [LENGTH + 2]),
+    }
+    for name, (value, places) in changes.items():
+        other, _ = sequence_of(prior, {**given, name: value})
+        moved = (other != base).any(dim=2).all(dim=0).nonzero().flatten().tolist()
+        assert moved == places, name
+    query = prior.query + prior.positions[LENGTH + 3]
+    assert torch.allclose(base[:, -1], query.expand(2, -1))
+
+
+def test_the_answer_is_read_at_the_query_which_sees_everything() -> None:
+    prior, given = network(), inputs()
+    given["text_mask"] = torch.ones_like(given["text_mask"])
+    base = prior(**given)
+    assert base.shape == (2, DIM) and base.dtype == torch.float32
+    for token in range(LENGTH):
+        tokens = given["text_tokens"].clone()
+        tokens[:, token] += 1
+        assert not torch.allclose(prior(**{**given, "text_tokens": tokens}), base, atol=1e-5), token
+    for name in ("text_embedding", "x_t", "t"):
+        assert not torch.allclose(prior(**{**given, name: given[name] + 1}), base, atol=1e-5), name
+    hidden: list[Tensor] = []
+    prior.transformer.register_forward_hook(lambda _module, _args, output: hidden.append(output))
+    output = prior(**given)
+    assert torch.allclose(output, prior.out(hidden[0][:, -1]))
+
+
+def test_attention_is_causal() -> None:
+    prior, given = network(), inputs()
+    given["text_mask"] = torch.ones_like(given["text_mask"])
+    hidden: list[Tensor] = []
+    prior.transformer.register_forward_hook(lambda _module, _args, output: hidden.append(output))
+    tokens = given["text_tokens"].clone()
+    tokens[:, 3] += 1
+    prior(**given)
+    prior(**{**given, "text_tokens": tokens})
+    assert torch.allclose(hidden[0][:, :3], hidden[1][:, :3], atol=1e-6)
+    later = (hidden[0] - hidden[1]).abs().amax(dim=2)[:, 3:]
+    assert bool((later > 1e-4).all())
+
+
+def test_padding_has_no_effect() -> None:
+    prior, given = network(), inputs(5)
+    base = prior(**given)
+    padding = ~given["text_mask"][..., None] & torch.ones(5, LENGTH, TOKEN, dtype=torch.bool)
+    assert bool(padding.any())
+    tokens = torch.where(padding, 50 * rand(5, LENGTH, TOKEN, seed=9), given["text_tokens"])
+    assert torch.allclose(prior(**{**given, "text_tokens": tokens}), base, atol=1e-6)
+
+
+def test_dropped_captions_leave_no_trace_and_learn_their_nulls() -> None:
+    prior, given = network(), inputs(3)
+    given["drop_text"] = torch.tensor([False, True, True])
+    other = text(3, seed=20)
+    changed = {
+        "text_embedding": other.embedding, "text_tokens": other.tokens, "text_mask": other.mask.flip(1)
+    }  # fmt: skip
+    before, after = prior(**given), prior(**{**given, **changed})
+    assert torch.equal(before[1:], after[1:]) and not torch.allclose(before[0], after[0], atol=1e-4)
+    before[1:].pow(2).sum().backward()
+    for null in (prior.null_tokens, prior.null_text):
+        assert null.grad is not None and float(null.grad.abs().max()) > 0
+
+
+# ---- objective ---------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Counts the dropped captions; answers with zeros."""
+
+    def __init__(self) -> None:
+        self.dropped: list[Tensor] = []
+        self.seen: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, *, drop_text: Tensor, **_features: Tensor) -> Tensor:
+        self.dropped.append(drop_text)
+        self.seen.append(x_t)
+        return torch.zeros_like(x_t)
+
+
+def test_captions_are_dropped_for_one_sample_in_ten() -> None:
+    prior, spy, count = network(normalisation="scale"), Spy(), 4000
+    process, generator = GaussianDiffusion(prior.config.diffusion), torch.Generator().manual_seed(0)
+    truth = F.normalize(rand(count, DIM, seed=5), dim=1)
+    losses = prior_loss(spy, prior, process, prior.config, truth, text(count), generator)
+    dropped = int(spy.dropped[0].sum())
+    assert 324 <= dropped <= 476  # 400 expected, ±4 standard deviations
+    assert set(losses) == {"mse", "loss", "cosine"} and all(v.shape == (count,) for v in losses.values())
+    # Unit vectors times sqrt(dim) have elements of mean square 1: the loss of answering zero.
+    assert torch.allclose(losses["loss"], torch.ones(count), atol=1e-5)
+    for rate, expected in ((0.0, 0), (1.0, count)):
+        prior_loss(spy, prior, process, config(drop_text=rate), truth, text(count), generator)
+        assert int(spy.dropped[-1].sum()) == expected
+
+
+def test_loss_is_the_error_of_the_unnoised_embedding() -> None:
+    """The truth as answer costs nothing, in the stored statistics' space, and its cosine is 1."""
+    prior = network()
+    prior.mean.copy_(rand(DIM, seed=1))  # type: ignore[operator]
+    prior.std.copy_(rand(DIM, seed=2).abs() + 0.1)  # type: ignore[operator]
+    truth = F.normalize(rand(8, DIM, seed=5), dim=1)
+    normalised = (truth - rand(DIM, seed=1)) / (rand(DIM, seed=2).abs() + 0.1)
+    process, generator = GaussianDiffusion(prior.config.diffusion), torch.Generator().manual_seed(0)
+
+    def answer(x_t: Tensor, t: Tensor, **_features: Tensor) -> Tensor:
+        return normalised
+
+    losses = prior_loss(answer, prior, process, prior.config, truth, text(8), generator)
+    assert torch.allclose(losses["loss"], torch.zeros(8), atol=1e-8)
+    assert torch.allclose(losses["cosine"], torch.ones(8), atol=1e-5)
+
+
+# ---- normalisation -----------------------------------------------------------------------------------------
+
+
+def test_statistics_travel_with_the_weights_and_are_used(tmp_path: Path) -> None:
+    prior = network()
+    mean, std = rand(DIM, seed=1), rand(DIM, seed=2).abs() + 0.1
+    prior.mean.copy_(mean)  # type: ignore[operator]
+    prior.std.copy_(std)  # type: ignore[operator]
+    x = rand(3, DIM, seed=4)
+    assert torch.allclose(prior.normalise(x), (x - mean) / std)
+    assert torch.allclose(prior.denormalise(prior.normalise(x)), x, atol=1e-6)
+    save_part(tmp_path / "part", KIND, prior.config, prior.state_dict())
+    stage = PriorStage.load(tmp_path / "part")
+    assert stage.config == prior.config
+    assert torch.equal(stage.network.mean, mean) and torch.equal(stage.network.std, std)
+    features = text(2)
+    expected = PriorStage(prior, prior.config).sample(features, [1, 2])
+    assert torch.equal(stage.sample(features, [1, 2]), expected)
+    stage.network.mean.zero_()  # type: ignore[operator]
+    assert not torch.allclose(stage.sample(features, [1, 2]), expected, atol=1e-3)
+
+
+def test_scale_brings_unit_vectors_to_the_noise() -> None:
+    for scale, factor in ((None, DIM**0.5), (17.2, 17.2)):
+        prior = network(normalisation="scale", scale=scale)
+        assert torch.allclose(prior.normalise(torch.ones(1, DIM)), torch.tensor(factor))
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------
+
+
+def test_best_of_keeps_the_larger_dot_product() -> None:
+    embedding = torch.eye(3)[:2]
+    candidates = torch.tensor([[[0.2, 1.0, 0.0], [0.6, 0.0, 0.8]], [[0.0, 0.9, 0.1], [1.0, 0.3, 0.0]]])
+    assert torch.equal(best_of(candidates, embedding), torch.stack([candidates[0, 1], candidates[1, 0]]))
+
+
+def test_two_candidates_are_drawn_and_the_nearer_kept() -> None:
+    stage, features = PriorStage(network(), config()), text(6)
+    seeds = list(range(6))
+    one = stage.sample(features, seeds, candidates=1)
+    two = stage.sample(features, seeds, candidates=2)
+    assert torch.equal(two, stage.sample(features, seeds))  # the default
+    scores = [(drawn * features.embedding).sum(1) for drawn in (one, two)]
+    changed = (one - two).abs().amax(1) > 1e-4
+    assert bool((scores[1] >= scores[0] - 1e-5).all()) and 0 < int(changed.sum()) < 6
+    assert torch.allclose(two.norm(dim=1), torch.ones(6), atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
+def test_a_seed_gives_the_same_embedding_in_any_batch(sampler: str) -> None:
+    stage, features = PriorStage(network(), config(sampler=sampler)), text(4)
+    together = stage.sample(features, [5, 6, 7, 5], guidance=2.0)
+    for index, seed in enumerate([5, 6, 7, 5]):
+        alone = stage.sample(features[index : index + 1], [seed], guidance=2.0)
+        assert torch.allclose(alone[0], together[index], atol=1e-5)
+    assert not torch.allclose(together[:1], stage.sample(features[:1], [8], guidance=2.0), atol=1e-3)
+
+
+def test_guidance_moves_away_from_the_captionless_answer() -> None:
+    stage, features = PriorStage(network(), config(candidates=1)), text(3)
+    plain, guided = (stage.sample(features, [1, 2, 3], guidance=scale) for scale in (1.0, 4.0))
+    assert not torch.allclose(plain, guided, atol=1e-3)
+    # At scale 0 only the choice among candidates knows the caption.
+    silent = stage.sample(features, [1, 2, 3], guidance=0.0)
+    other = stage.sample(text(3, seed=30), [1, 2, 3], guidance=0.0)
+    assert torch.allclose(silent, other, atol=1e-6)
+    assert not torch.allclose(plain, silent, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"steps": 0}, "0 sampling steps"), ({"candidates": 0}, "candidates")]
+)
+def test_zero_is_refused_and_not_read_as_the_default(options: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        PriorStage(network(), config()).sample(text(1), [0], **options)
+
+
+def test_features_of_another_clip_are_refused() -> None:
+    stage, features = PriorStage(network(), config()), text(2)
+    other = TextFeatures(rand(2, LENGTH, TOKEN + 1), features.mask, features.embedding)
+    with pytest.raises(UnclipError, match=r"\(2, 6, 11\).*\(2, 6, 10\)"):
+        stage.sample(other, [0, 1])
+    with pytest.raises(UnclipError, match=r"\(2, 12\) for 3 seeds.*\(3, 12\)"):
+        stage.sample(features, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"heads": 3}, "heads 3 does not divide width 32"),
+        ({"diffusion": {"variance": "learned_range"}}, "fixed_small or fixed_large"),
+        ({"candidates": 0}, "candidates"),
+    ],
+)
+def test_bad_configuration_is_explained(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(**changes)
+
+
+# ---- learning ----------------------------------------------------------------------------------------------
+
+
+def test_a_few_pairs_are_learned() -> None:
+    """Sampled embeddings of six memorised captions have a cosine above 0.95 with the truth."""
+    prior = network(width=64).train()
+    features, truth = text(6), F.normalize(rand(6, DIM, seed=40), dim=1)
+    prior.mean.copy_(truth.mean(0))  # type: ignore[operator]
+    prior.std.copy_(truth.std(0))  # type: ignore[operator]
+    process, generator = GaussianDiffusion(prior.config.diffusion), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=2e-3)
+    batch = torch.arange(6).repeat(6)
+    for _ in range(200):
+        losses = prior_loss(prior, prior, process, prior.config, truth[batch], features[batch], generator)
+        optimizer.zero_grad()
+        losses["loss"].mean().backward()
+        optimizer.step()
+    drawn = PriorStage(prior, prior.config).sample(features, range(6), steps=10)
+    cosine = F.cosine_similarity(drawn, truth)
+    assert float(cosine.min()) > 0.95, cosine

@@ -1,0 +1,132 @@
+"""Trained parts become one bundle: copied, converted, described by a manifest, and loaded once before it
+counts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unclip.bundle import (
+    FORMAT,
+    MANIFEST,
+    PARTS,
+    load_weights,
+    read_part_json,
+    replacing,
+    save_weights,
+    write_json,
+)
+from unclip.clip import CONFIG_FILE
+from unclip.errors import UnclipError, UsageError
+from unclip.pipeline import UnCLIP
+
+_KINDS = {"prior": "prior", "decoder": "decoder", "upsampler_256": "upsampler", "upsampler_1024": "upsampler"}
+_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+_CLIP_EXTRAS = (".json", ".txt", ".gz", ".model")  # configuration, vocabulary, tokenizer
+
+
+def assemble(
+    out: Path,
+    parts: Mapping[str, Path],
+    details: Mapping[str, Any] | None = None,
+    card: Path | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
+    overwrite: bool = False,
+) -> None:
+    """Write a bundle to the folder `out`.
+
+    `parts` maps 'clip', 'decoder' and optionally 'prior', 'upsampler_256', 'upsampler_1024' to folders;
+    `details` goes into the manifest (name, version, license, example_prompts); `card` becomes README.md;
+    weights are stored as `dtype`. Raises UnclipError: `out` exists and `overwrite` is not set, a part is
+    missing or damaged, the parts do not fit together.
+    """
+    _check(out, parts, card, overwrite)
+    kind = torch.float16 if dtype == "float16" else torch.float32
+    with replacing(out) as temporary:
+        for part in (name for name in PARTS if name in parts):
+            folder = temporary / part
+            folder.mkdir()
+            if part == "clip":
+                _copy_clip(parts[part], folder, kind)
+            else:
+                _copy_part(parts[part], folder, _KINDS[part], kind)
+        named = {name: name for name in PARTS if name in parts}
+        body = {"example_prompts": [], **(details or {})}
+        write_json(temporary / MANIFEST, {"format": FORMAT, "parts": named, **body})
+        if card is not None:
+            shutil.copyfile(card, temporary / "README.md")
+        try:
+            UnCLIP.from_pretrained(temporary, device="cpu")
+        except UnclipError as error:
+            raise type(error)(str(error).replace(str(temporary), str(out))) from error
+
+
+def _check(out: Path, parts: Mapping[str, Path], card: Path | None, overwrite: bool) -> None:
+    """Whatever can be found wrong before a byte is copied."""
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise UsageError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    for part in ("clip", "decoder"):
+        if part not in parts:
+            raise UsageError(f"a bundle needs a {part}; given: {', '.join(parts) or 'nothing'}")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise UnclipError(f"{out} exists and is not a folder; name another")
+    if out.exists() and not overwrite:
+        raise UnclipError(f"{out} exists; pass --overwrite to replace it, or name another folder")
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UnclipError(
+            f"{out} is not a bundle ({MANIFEST} is missing), so it is not replaced; name another folder"
+        )
+    if card is not None and not card.is_file():
+        raise UsageError(f"there is no model card at {card}")
+
+
+def _copy_part(source: Path, target: Path, kind: str, dtype: torch.dtype) -> None:
+    body = read_part_json(source, kind)
+    save_weights(target, _converted(load_weights(source), dtype, source))
+    write_json(target / "config.json", body)
+
+
+def _copy_clip(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """open_clip reads one weights file, so this part alone is never split."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    if not (source / CONFIG_FILE).is_file():
+        found = ", ".join(sorted(p.name for p in source.iterdir())) if source.is_dir() else "no such folder"
+        raise UnclipError(
+            f"{source} is not an open_clip model: {CONFIG_FILE} is missing (found: {found or 'nothing'})"
+        )
+    weights = next((source / name for name in _CLIP_WEIGHTS if (source / name).is_file()), None)
+    if weights is None:
+        raise UnclipError(
+            f"{source} has no weights that are read here; expected one of {', '.join(_CLIP_WEIGHTS)}"
+        )
+    try:
+        state = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise UnclipError(f"{weights} is damaged or not a safetensors file: {error}") from error
+    file = target / _CLIP_WEIGHTS[0]
+    save_file(_converted(state, dtype, source), file, metadata={"format": "pt"})
+    file.chmod(0o644)
+    for extra in sorted(source.iterdir()):
+        if extra.is_file() and extra.suffix in _CLIP_EXTRAS and not extra.name.endswith(".index.json"):
+            shutil.copyfile(extra, target / extra.name)
+
+
+def _converted(state: Mapping[str, Tensor], dtype: torch.dtype, source: Path) -> dict[str, Tensor]:
+    """Floating tensors as `dtype`. UnclipError when a value is not finite or too large for it."""
+    converted = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    for key, value in converted.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise UnclipError(
+                f"{key} of {source} holds NaN, infinity or values too large for "
+                f"{str(dtype).removeprefix('torch.')}"
+            )
+    return {key: value.contiguous() for key, value in converted.items()}

@@ -1,0 +1,47 @@
+"""The typer application: its commands and the options that stand before them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from unclip.cli import draw, inspect
+
+app = typer.Typer(
+    name="unclip",
+    help="unCLIP (DALL·E 2): pictures from prompts, images and CLIP embeddings.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from unclip import __version__
+
+        typer.echo(f"unclip {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def unclip(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and library messages; also after the command.")
+    ] = False,
+) -> None:
+    """unCLIP (DALL·E 2): pictures from prompts, images and CLIP embeddings.
+
+    Try: unclip sample --prompt pizza --size 64
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+for command in (draw.sample, draw.variations, draw.decode, inspect.embed, inspect.bundle, inspect.info):
+    app.command()(command)

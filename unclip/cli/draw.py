@@ -1,0 +1,265 @@
+"""The commands that draw pictures: sample, variations, decode."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unclip.cli import options as opt
+from unclip.cli.output import PictureWriter, grid_columns, thumbnail
+from unclip.cli.progress import Bars
+from unclip.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from unclip.pipeline import UnCLIP
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw: what its file is called after, its seed, and what its record says beside the
+    common keys.
+    """
+
+    label: str
+    seed: int
+    prompt: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all drawing commands share."""
+
+    model: str
+    size: int | None
+    device: str
+    dtype: opt.Dtype
+    batch_size: int
+    num_images: int
+    grid: bool
+    json_lines: bool
+    quiet: bool
+    options: dict[str, Any]  # of UnCLIP.sample and its siblings
+
+    def load(self) -> UnCLIP:
+        """The model, without the upsamplers that the size does not need."""
+        import torch
+
+        from unclip.pipeline import UnCLIP
+
+        dtype = getattr(torch, self.dtype.value)
+        return UnCLIP.from_pretrained(self.model, device=self.device, dtype=dtype, size=self.size)
+
+
+Draw = Callable[[Sequence[Job], Bars], "list[Image]"]
+
+
+def sample(
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="What the picture shows; repeatable.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="Prompts, one a line; #-comments are skipped.")
+    ] = None,
+    num_images: opt.NumImages = 1,
+    seed: opt.Seed = 0,
+    size: opt.Size = None,
+    model: opt.Model = "emoji",
+    out: opt.Out = None,
+    guidance: opt.Guidance = None,
+    prior_guidance: opt.PriorGuidance = None,
+    prior_steps: opt.PriorSteps = None,
+    decoder_steps: opt.DecoderSteps = None,
+    upsampler_steps: opt.UpsamplerSteps = None,
+    device: opt.Device = "auto",
+    dtype: opt.Precision = opt.Dtype.float32,
+    batch_size: opt.BatchSize = _BATCH,
+    grid: opt.Grid = False,
+    json_lines: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Draw pictures for prompts.
+
+    The bundled model knows emoji names, such as pizza, red apple or rainbow: `unclip info --json` lists them
+    all under model.example_prompts. The same seed gives the same picture, whatever else is drawn beside it.
+    """
+    prompts = [*(prompt or []), *(opt.read_prompts(prompts_file) if prompts_file is not None else [])]
+    if not prompts:
+        raise UsageError("no prompt given; pass --prompt 'pizza' or --prompts-file FILE")
+    _check_prompts(prompts)
+    jobs = [Job(text, seed + i, prompt=text) for text in prompts for i in range(num_images)]
+    writer = PictureWriter(out, len(jobs), overwrite)
+    sampling = opt.given(
+        size=size,
+        guidance=guidance,
+        prior_guidance=prior_guidance,
+        prior_steps=prior_steps,
+        decoder_steps=decoder_steps,
+        upsampler_steps=upsampler_steps,
+    )
+    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
+    system = setting.load()
+
+    def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
+        texts = [job.prompt or "" for job in batch]
+        return system.sample(texts, seed=[job.seed for job in batch], progress=bars, **sampling)
+
+    _produce(jobs, draw, system, setting, writer)
+
+
+def variations(
+    image: Annotated[Path, typer.Argument(help="The picture to vary.")],
+    num_images: opt.NumImages = 1,
+    seed: opt.Seed = 0,
+    size: opt.Size = None,
+    model: opt.Model = "emoji",
+    out: opt.Out = None,
+    guidance: opt.Guidance = None,
+    decoder_steps: opt.DecoderSteps = None,
+    upsampler_steps: opt.UpsamplerSteps = None,
+    device: opt.Device = "auto",
+    dtype: opt.Precision = opt.Dtype.float32,
+    batch_size: opt.BatchSize = _BATCH,
+    grid: opt.Grid = False,
+    json_lines: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Draw pictures that share an image's CLIP embedding (unCLIP, section 3.1)."""
+    from unclip.data.images import load_image
+
+    picture = load_image(image)
+    jobs = [Job(f"{image.stem} variation", seed + i, extra={"image": str(image)}) for i in range(num_images)]
+    writer = PictureWriter(out, len(jobs), overwrite)
+    sampling = opt.given(
+        size=size, guidance=guidance, decoder_steps=decoder_steps, upsampler_steps=upsampler_steps
+    )
+    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
+    system = setting.load()
+
+    def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
+        return system.variations(
+            picture, num_images=len(batch), seed=batch[0].seed, progress=bars, **sampling
+        )
+
+    _produce(jobs, draw, system, setting, writer)
+
+
+def decode(
+    embeddings: Annotated[
+        Path, typer.Argument(help="A .npy file of CLIP image embeddings, (N, E) or (E,) floats.")
+    ],
+    num_images: opt.NumImages = 1,
+    seed: opt.Seed = 0,
+    size: opt.Size = None,
+    model: opt.Model = "emoji",
+    out: opt.Out = None,
+    guidance: opt.Guidance = None,
+    decoder_steps: opt.DecoderSteps = None,
+    upsampler_steps: opt.UpsamplerSteps = None,
+    device: opt.Device = "auto",
+    dtype: opt.Precision = opt.Dtype.float32,
+    batch_size: opt.BatchSize = _BATCH,
+    grid: opt.Grid = False,
+    json_lines: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Draw pictures straight from CLIP image embeddings, such as `unclip embed` or your own model writes."""
+    from unclip.inputs import check_embeddings, read_embeddings
+
+    array = read_embeddings(embeddings)
+    writer = PictureWriter(out, (1 if array.ndim == 1 else len(array)) * num_images, overwrite)
+    sampling = opt.given(
+        size=size, guidance=guidance, decoder_steps=decoder_steps, upsampler_steps=upsampler_steps
+    )
+    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
+    system = setting.load()
+    rows = check_embeddings(array, system.clip.embedding_dim)
+    jobs = [
+        Job(f"{embeddings.stem} {row}", seed + i, extra={"embeddings": str(embeddings), "row": row})
+        for row in range(len(rows))
+        for i in range(num_images)
+    ]
+
+    def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
+        chosen = rows[[job.extra["row"] for job in batch]]
+        return system.decode(chosen, seed=[job.seed for job in batch], progress=bars, **sampling)
+
+    _produce(jobs, draw, system, setting, writer)
+
+
+def _produce(
+    jobs: Sequence[Job], draw: Draw, system: UnCLIP, setting: Setting, writer: PictureWriter
+) -> None:
+    """Draw the jobs batch by batch, write each picture and tell of it on stdout."""
+    small: list[Image] = []
+    starts = range(0, len(jobs), setting.batch_size)
+    with Bars(setting.quiet) as bars:
+        for number, start in enumerate(starts):
+            batch = jobs[start : start + setting.batch_size]
+            bars.batch(number + 1, len(starts))
+            images = draw(batch, bars)
+            bars.close()
+            # The stages work on the whole batch at once: a picture's share of their time.
+            seconds = {stage: round(s / len(batch), 4) for stage, s in system.timings.seconds.items()}
+            for job, image in zip(batch, images, strict=True):
+                path = writer.save(image, job.label, job.seed, _metadata(job, image, system.name, setting))
+                _tell(_record(job, image, path, system.name, seconds) if setting.json_lines else str(path))
+            if setting.grid:
+                small += [thumbnail(image) for image in images]
+    if setting.grid:
+        path = writer.save_grid(small, grid_columns(len(small), setting.num_images))
+        print(path, file=sys.stderr if setting.json_lines else sys.stdout)
+
+
+def _record(job: Job, image: Image, path: Path, name: str, seconds: dict[str, float]) -> str:
+    body = {
+        "path": str(path),
+        "prompt": job.prompt,
+        "seed": job.seed,
+        "width": image.width,
+        "height": image.height,
+        "model": name,
+        "seconds": seconds,
+        **job.extra,
+    }
+    return json.dumps(body)
+
+
+def _metadata(job: Job, image: Image, name: str, setting: Setting) -> dict[str, str]:
+    """What the PNG itself says about how it came to be; no paths, since pictures travel."""
+    from unclip import __version__
+
+    text = {
+        "prompt": job.prompt or "",
+        "seed": str(job.seed),
+        "model": name,
+        "size": str(image.width),
+        "unclip": __version__,
+        "dtype": setting.dtype.value,
+    }
+    chosen = {key: value for key, value in setting.options.items() if key != "size"}
+    return {**text, "options": json.dumps(chosen)} if chosen else text
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    """What can be said against prompts before anything heavy is imported."""
+    for number, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UsageError(f"prompt {number + 1} is empty; say what the picture shows, such as 'pizza'")

@@ -1,0 +1,105 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unclip.errors import UsageError
+
+_LARGEST_SEED = 2**32 - 1
+
+
+class Dtype(str, Enum):
+    """Precision of the networks."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _pixels(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise typer.BadParameter(f"{text!r} is no edge in pixels; the bundled model makes 64, 256 and 1024")
+    return int(text)
+
+
+_SAMPLING = "How it samples (default: the model's own)"
+_OUTPUT = "What is written"
+
+NumImages = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Pictures of each.")]
+Seed = Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Picture i is drawn with seed + i.")]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        parser=_pixels, metavar="64|256|1024", help="Edge in pixels (default: the model's largest)."
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|DIR|HUB-ID", help="The bundled model 'emoji', a folder, or a Hub id user/name."
+    ),
+]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where it runs; auto takes CUDA if there is one.")
+]
+Precision = Annotated[Dtype, typer.Option("--dtype", help="Precision of the networks.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(min=0, help="The decoder's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
+]
+PriorGuidance = Annotated[
+    float | None,
+    typer.Option(min=0, help="The prior's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
+]
+PriorSteps = Annotated[int | None, typer.Option(min=1, help="Steps of the prior.", rich_help_panel=_SAMPLING)]
+DecoderSteps = Annotated[
+    int | None, typer.Option(min=1, help="Steps of the decoder.", rich_help_panel=_SAMPLING)
+]
+UpsamplerSteps = Annotated[
+    int | None, typer.Option(min=1, help="Steps of each upsampler.", rich_help_panel=_SAMPLING)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="A .png file for one picture, else a folder (default: outputs).", rich_help_panel=_OUTPUT
+    ),
+]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Also write all pictures as one grid.", rich_help_panel=_OUTPUT)
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object a picture, and nothing else.", rich_help_panel=_OUTPUT
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.", rich_help_panel=_OUTPUT)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn together; changes memory, not pictures.")]
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None: what is not given is the model's own default."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one a line; blank lines and #-comments are skipped. UsageError: unreadable
+    or empty.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the prompts file {file} is not UTF-8 text") from error
+    except OSError as error:
+        raise UsageError(f"the prompts file {file} cannot be read: {error.strerror or error}") from error
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UsageError(f"the prompts file {file} holds no prompt; expected one a line")
+    return prompts

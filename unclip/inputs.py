@@ -1,0 +1,171 @@
+"""What a caller hands to a model, checked: prompts, seeds, embeddings, a device."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unclip.errors import UnclipError, UsageError
+
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How the stages sample; None means the model's own default."""
+
+    size: int | None = None
+    guidance: float | None = None
+    prior_guidance: float | None = None
+    prior_steps: int | None = None
+    decoder_steps: int | None = None
+    upsampler_steps: int | None = None
+    sampler: str | None = None
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("guidance", "prior_guidance", "eta"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"{name} is {value}, expected a number of 0 or more")
+        for name in ("prior_steps", "decoder_steps", "upsampler_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}, expected 1 or more")
+
+
+def check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """One prompt or several as a list. UsageError: none, one that is empty or no text."""
+    several = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not several:
+        raise UsageError("no prompt given")
+    for number, prompt in enumerate(several):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UsageError(f"prompt {number + 1} is empty; say what the picture shows, such as 'pizza'")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(f"prompt {number + 1} ({prompt!a}) is not valid UTF-8 text") from error
+    return several
+
+
+def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed a sample: a single seed serves all of them. UsageError: another number of seeds, or one out of
+    range.
+    """
+    seeds = [seed] * count if isinstance(seed, int) else [int(one) for one in seed]
+    if len(seeds) != count:
+        raise UsageError(
+            f"{len(seeds)} seeds for {count} samples; expected one each, or a single one for all"
+        )
+    for one in seeds:
+        if not 0 <= one <= LARGEST_SEED:
+            raise UsageError(f"the seed {one} is out of range; expected 0 to {LARGEST_SEED}")
+    return seeds
+
+
+def check_count(count: int) -> None:
+    """UsageError unless at least one picture is asked for."""
+    if count < 1:
+        raise UsageError(f"num_images is {count}, expected 1 or more")
+
+
+def check_size(size: int, possible: Sequence[int]) -> int:
+    """The size, if it is one of those; UsageError lists them."""
+    if size not in possible:
+        raise UsageError(
+            f"size {size} cannot be made by this model; it makes {', '.join(map(str, possible))}"
+        )
+    return size
+
+
+def check_embeddings(embeddings: Any, dim: int) -> Tensor:
+    """Embeddings as unit-length float32 (B, E). UsageError: wrong width, not floats, NaN or infinity, zero
+    length.
+    """
+    tensor = embeddings if isinstance(embeddings, Tensor) else None
+    if tensor is None:
+        array = np.asarray(embeddings)
+        if array.dtype.kind != "f":
+            raise UsageError(f"embeddings of type {array.dtype}; expected floating point numbers")
+        tensor = torch.from_numpy(array.astype(np.float32))
+    if not tensor.is_floating_point():
+        raise UsageError(f"embeddings of type {tensor.dtype}; expected floating point numbers")
+    tensor = tensor.float()
+    if tensor.ndim == 1:
+        tensor = tensor[None]
+    if tensor.ndim != 2 or tensor.shape[1] != dim or not len(tensor):
+        raise UsageError(f"embeddings of shape {tuple(tensor.shape)}; this model takes (count, {dim})")
+    bad = ~torch.isfinite(tensor).all(dim=1)
+    if bad.any():
+        raise UsageError(
+            f"embedding {int(bad.nonzero()[0])} holds NaN or infinity ({int(bad.sum())} of {len(tensor)} do)"
+        )
+    norm = tensor.norm(dim=1, keepdim=True)
+    if (norm == 0).any():
+        raise UsageError(
+            f"embedding {int((norm[:, 0] == 0).nonzero()[0])} is all zeros, which has no direction"
+        )
+    return tensor / norm
+
+
+def read_embeddings(file: Path) -> np.ndarray:
+    """The array of a .npy file, memory-mapped and never unpickled.
+
+    UsageError: no such file, not .npy, pickled objects, no floats.
+    """
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(6)
+    except OSError as error:
+        raise UsageError(f"the embeddings {file} cannot be read: {error.strerror or error}") from error
+    if start != b"\x93NUMPY":
+        kind = "a .npz archive" if start.startswith(b"PK") else "not a .npy file"
+        raise UsageError(f"{file} is {kind}; expected one array written by numpy.save")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header can raise nearly anything
+        if "object" in str(error).lower():
+            raise UsageError(
+                f"{file} holds pickled Python objects, which are never loaded; expected floats"
+            ) from error
+        raise UsageError(f"{file} is damaged or empty: {error}") from error
+    if array.dtype.kind != "f" or array.ndim not in (1, 2):
+        raise UsageError(
+            f"{file} holds {array.dtype} of shape {array.shape}; expected floats of shape (N, E) or (E,)"
+        )
+    return array
+
+
+def resolve_device(name: str | torch.device | None = None) -> torch.device:
+    """'auto' (or None: CUDA where there is one, else the CPU), 'cpu', 'cuda' or 'cuda:N' as a device.
+
+    UsageError: another name. UnclipError: a CUDA device that is not there.
+    """
+    if isinstance(name, torch.device) and name.type != "cuda":
+        return name
+    text = "auto" if name is None else str(name)
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise UsageError(f"unknown device {text!r}; possible: auto, cpu, cuda, cuda:N")
+    device = torch.device(text)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not count:
+            raise UnclipError(
+                "there is no CUDA device here that this PyTorch can use; leave the device away or use 'cpu'"
+            )
+        if (device.index or 0) >= count:
+            raise UnclipError(
+                f"there is no {text} here; there are {count} CUDA devices, cuda:0 to cuda:{count - 1}"
+            )
+    return device

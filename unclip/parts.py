@@ -1,0 +1,96 @@
+"""What holds between the parts of a bundle, and what can be had from some of them without the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_config, read_manifest, resolve_model
+from unclip.clip import FrozenCLIP
+from unclip.errors import UnclipError, UsageError
+from unclip.inputs import resolve_device
+
+if TYPE_CHECKING:
+    from decoder import DecoderStage
+    from prior import PriorStage
+    from upsamplers import UpsamplerStage
+
+
+def check_fit(
+    clip: FrozenCLIP,
+    decoder: DecoderStage,
+    prior: PriorStage | None = None,
+    upsamplers: Sequence[UpsamplerStage] = (),
+) -> None:
+    """UnclipError unless all parts take the CLIP's widths and lengths, and the upsamplers form one chain of
+    sizes.
+    """
+    problems = []
+    configs = [("decoder", decoder.config), *([] if prior is None else [("prior", prior.config)])]
+    for name, config in configs:
+        wanted = (
+            ("embeddings", "dimensions", clip.embedding_dim, config.embedding_dim),  # type: ignore[attr-defined]
+            ("token features", "dimensions", clip.token_dim, config.token_dim),  # type: ignore[attr-defined]
+            ("captions", "tokens", clip.context_length, config.text_length),  # type: ignore[attr-defined]
+        )
+        for what, unit, own, taken in wanted:
+            if own != taken:
+                problems.append(f"the CLIP's {what} have {own} {unit}, the {name} takes {taken}")
+    reached = decoder.config.unet.image_size
+    for stage in upsamplers:
+        if stage.config.low_size != reached:
+            problems.append(
+                f"an upsampler takes {stage.config.low_size} px, the stage before it makes {reached} px"
+            )
+        reached = stage.config.high_size
+    if problems:
+        raise UnclipError("the parts of this model do not fit together: " + "; ".join(problems))
+
+
+def bundle_sizes(folder: Path, parts: dict[str, str]) -> tuple[int, ...]:
+    """Edges in pixels that a bundle can make, read from its configurations alone."""
+    from decoder import DecoderConfig
+    from upsamplers import UpsamplerConfig
+
+    sizes = [read_config(folder / parts["decoder"], "decoder", DecoderConfig).unet.image_size]
+    for part in PARTS[3:]:
+        if part in parts:
+            sizes.append(sizes[-1] * read_config(folder / parts[part], "upsampler", UpsamplerConfig).factor)
+    return tuple(sizes)
+
+
+def load_clip(name: str | Path = BUNDLED, device: str | torch.device | None = None) -> FrozenCLIP:
+    """The CLIP of a bundle alone, for embeddings without pictures. Raises UnclipError as
+    UnCLIP.from_pretrained.
+    """
+    folder = resolve_model(name)
+    parts = read_manifest(folder)["parts"]
+    if "clip" not in parts:
+        raise UnclipError(f"{folder / MANIFEST} names no 'clip'; it has {', '.join(parts)}")
+    return FrozenCLIP.load(str(folder / parts["clip"]), device=resolve_device(device))
+
+
+def image_pixels(images: Any, size: int, device: torch.device | str = "cpu") -> Tensor:
+    """A PIL image, a path, a list of them, or a tensor (B, 3, H, W) in [-1, 1] -> float32 (B, 3, H, W) on
+    `device`.
+
+    Files and PIL images are brought to (size, size), alpha laid on white.
+    """
+    from unclip.data.images import _to_rgb, load_image, to_tensor
+
+    if isinstance(images, Tensor):
+        batch = images[None] if images.ndim == 3 else images
+        if batch.ndim != 4 or batch.shape[1] != 3 or not len(batch):
+            raise UsageError(
+                f"an image tensor of shape {tuple(images.shape)}; expected (B, 3, H, W) in [-1, 1]"
+            )
+        return batch.to(device).float()
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not several:
+        raise UsageError("no image given")
+    loaded = [load_image(item) if isinstance(item, (str, Path)) else _to_rgb(item) for item in several]
+    return torch.stack([to_tensor(image, size) for image in loaded]).to(device)
