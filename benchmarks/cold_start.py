@@ -2,7 +2,8 @@
 
     python benchmarks/cold_start.py [--runs 5] [--sizes 64 1024] [--model emoji]
 
-The share that importing the libraries takes is measured in the same run, because machines differ and are shared: compare
+The share that importing the libraries takes is measured in the same run, because machines differ and are shared:
+compare
 ratios, not seconds.
 """
 
@@ -34,7 +35,10 @@ def main() -> None:
     for size in arguments.sizes:
         command = [sys.executable, "-m", "unclip", "sample", "--prompt", arguments.prompt, "--model", arguments.model]
         rows[f"unclip sample --size {size}"] = measure([*command, "--size", str(size)], arguments.runs)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {arguments.runs} runs each\n")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"{arguments.runs} runs each\n"
+    )
     print("| command | median s | min s | max s | peak MB |\n|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| `{name}` | {row['median']:.2f} | {row['min']:.2f} | {row['max']:.2f} | {row['megabytes']:.0f} |")
@@ -55,9 +59,7 @@ def measure(command: list[str], runs: int) -> dict[str, float]:
                 assert process.stderr is not None
                 sys.exit(f"{' '.join(command)} failed: {process.stderr.read().decode().strip()}")
             peaks.append(usage.ru_maxrss / 1024)
-    return {
-        "median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "megabytes": max(peaks)
-    }
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "megabytes": max(peaks)}
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ class DecoderConfig(Config):
     image_tokens: int = Field(4, ge=1, description="context tokens made from the image embedding (unCLIP §2.1: four)")
     spatial_seed: bool = Field(
         False,
-        description="also project the image embedding to a map added at the lowest resolution: it tells a small network "
+        description="also project the image embedding to a map added at the lowest resolution: it tells a small "
+        "network "
         "where things are, which it would otherwise have to carry through global tokens; fixes the image size",
     )
     embedding_noise: float = Field(
-        0.0, ge=0, le=1, description="largest weight of noise mixed into the training embedding, so that a prior's small errors do no harm"
+        0.0,
+        ge=0,
+        le=1,
+        description="largest weight of noise mixed into the training embedding: a prior's small errors do no harm",
     )
     drop_embedding: float = Field(0.1, ge=0, le=1, description="share of samples without image embedding (unCLIP §2.1)")
     drop_text: float = Field(0.5, ge=0, le=1, description="share of samples without caption (unCLIP §2.1)")
@@ -40,6 +44,10 @@ class DecoderRunConfig(Config):
 
     clip: str = Field(description="a CLIP as FrozenCLIP.load takes it: a folder, 'ViT-L-14/openai', 'hf-hub:user/name'")
     clip_cache: int = Field(0, ge=0, description="CLIP features kept in memory; for small sets without augmentation")
+    init_from: str | None = Field(
+        None,
+        description="a decoder part to start from; its output layer is left out where it predicts something else",
+    )
     model: DecoderConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

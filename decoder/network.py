@@ -13,7 +13,8 @@ from unclip.nn import UNet
 class Decoder(nn.Module):
     """The image embedding is added to the timestep embedding and becomes extra context tokens beside the caption's.
 
-    Null conditions are learned: one embedding in place of a dropped image embedding, one row of tokens for a dropped caption.
+    Null conditions are learned: one embedding in place of a dropped image embedding, one row of tokens for a dropped
+    caption.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -29,7 +30,9 @@ class Decoder(nn.Module):
         self.text_norm = nn.LayerNorm(config.context_dim)
         self.null_embedding = nn.Parameter(torch.zeros(dim))
         self.null_text = nn.Parameter(torch.randn(config.text_length, config.token_dim) * 0.02)
-        self.seed = nn.Linear(dim, self.unet.bottom_channels * self.unet.bottom_size**2) if config.spatial_seed else None
+        self.seed = (
+            nn.Linear(dim, self.unet.bottom_channels * self.unet.bottom_size**2) if config.spatial_seed else None
+        )
 
     def forward(
         self,
@@ -42,7 +45,8 @@ class Decoder(nn.Module):
         drop_embedding: Tensor,
         drop_text: Tensor,
     ) -> Tensor:
-        """x_t (B, 3, H, W), t (B,), image_embedding (B, E) of unit length, text_tokens (B, L, D), text_mask (B, L) bool;
+        """x_t (B, 3, H, W), t (B,), image_embedding (B, E) of unit length, text_tokens (B, L, D), text_mask (B, L)
+        bool;
         drop_embedding and drop_text (B,) bool: True puts the learned null in its place. -> (B, 3 or 6, H, W) float32.
         """
         embedding = torch.where(

@@ -56,12 +56,14 @@ class DecoderStage:
         config, count = self.config, len(seeds)
         if embedding is not None and embedding.shape != (count, config.embedding_dim):
             raise UnclipError(
-                f"image embeddings of shape {tuple(embedding.shape)}; this decoder takes ({count}, {config.embedding_dim})"
+                f"image embeddings of shape {tuple(embedding.shape)}; this decoder takes ({count}, "
+                f"{config.embedding_dim})"
             )
         tokens = (count, config.text_length, config.token_dim)
         if text is not None and text.tokens.shape != tokens:
             raise UnclipError(
-                f"text tokens of shape {tuple(text.tokens.shape)}; this decoder takes {tokens}, as the CLIP it was trained "
+                f"text tokens of shape {tuple(text.tokens.shape)}; this decoder takes {tokens}, as the CLIP "
+                "it was trained "
                 "with gives them"
             )
         condition = self._condition(embedding, text, count)
@@ -82,7 +84,9 @@ class DecoderStage:
         steps = config.steps if steps is None else steps
         kept = self.process.steps(spaced_timesteps(self.process.timesteps, steps))
         options = {} if eta is None else {"eta": eta}
-        return get_sampler(sampler or config.sampler)(denoiser, x, kept, noise, callback=callback, **options).clamp(-1, 1)
+        return get_sampler(sampler or config.sampler)(denoiser, x, kept, noise, callback=callback, **options).clamp(
+            -1, 1
+        )
 
     def _condition(self, embedding: Tensor | None, text: TextFeatures | None, count: int) -> dict[str, Tensor]:
         config, device = self.config, self.device
@@ -92,7 +96,9 @@ class DecoderStage:
             "image_embedding": torch.zeros(count, config.embedding_dim, device=device)
             if embedding is None
             else embedding.to(device).float(),
-            "text_tokens": torch.zeros(*shape, config.token_dim, device=device) if text is None else text.tokens.to(device),
+            "text_tokens": torch.zeros(*shape, config.token_dim, device=device)
+            if text is None
+            else text.tokens.to(device),
             "text_mask": torch.zeros(*shape, dtype=torch.bool, device=device) if text is None else text.mask.to(device),
             "drop_embedding": flags | (embedding is None),
             "drop_text": flags | (text is None),

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from decoder.config import DecoderRunConfig
+from decoder.config import DecoderConfig, DecoderRunConfig
 from decoder.network import Decoder
 from decoder.objective import decoder_loss
 from decoder.sampling import KIND, DecoderStage
-from unclip.bundle import save_part
+from unclip.bundle import load_part, load_strict, save_part
 from unclip.clip import FrozenCLIP
 from unclip.config import parse_config
 from unclip.data import make_grid, to_pil
@@ -39,6 +39,8 @@ def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
     config = config.model_copy(update={"model": model})
     torch.manual_seed(config.train.seed)
     network = Decoder(model)
+    if config.init_from is not None:
+        start_from(network, Path(config.init_from))
     process = GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
     preview: dict[str, Any] = {}
@@ -60,3 +62,15 @@ def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
         save_part(folder, KIND, model, state)
 
     return fit(network, loss_fn, batches, config.train, run_config=config, export=export, sample=sample)
+
+
+def start_from(network: Decoder, folder: Path) -> None:
+    """Load a trained decoder's weights of the same shape. Where it predicts another quantity (ε, x_0, v), the output
+    layer
+    keeps its fresh zeros: it would put out the wrong thing, while the features below it serve as well.
+    """
+    before, state = load_part(folder, KIND, DecoderConfig)
+    if before.diffusion.prediction != network.config.diffusion.prediction:
+        fresh = {name: value for name, value in network.state_dict().items() if name.startswith("unet.conv_out.")}
+        state = {**state, **fresh}
+    load_strict(network, state, folder)

@@ -21,10 +21,12 @@ class PriorConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     normalisation: Literal["standardise", "scale"] = Field(
         "standardise",
-        description="how embeddings are brought to the noise's scale: by the mean and standard deviation measured on the "
-        "data and stored with the model, or by `scale`",
+        description="how embeddings are brought to the noise's scale: by the mean and standard deviation measured on "
+        "the data and stored with the model, or by `scale`",
     )
-    scale: float | None = Field(None, gt=0, description="factor for 'scale'; by default sqrt(embedding_dim); the paper used 17.2")
+    scale: float | None = Field(
+        None, gt=0, description="factor for 'scale'; by default sqrt(embedding_dim); the paper used 17.2"
+    )
     drop_text: float = Field(0.1, ge=0, le=1, description="share of samples without caption (unCLIP §2.2)")
     diffusion: DiffusionConfig = DiffusionConfig(prediction="x_start")
     clip_range: float = Field(10.0, gt=0, description="x̂_0 is clamped to ± this many units of the normalised space")
@@ -38,7 +40,9 @@ class PriorConfig(Config):
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}")
         if self.diffusion.variance == "learned_range":
-            raise ValueError("the prior predicts the embedding alone; diffusion.variance must be fixed_small or fixed_large")
+            raise ValueError(
+                "the prior predicts the embedding alone; diffusion.variance must be fixed_small or fixed_large"
+            )
         return self
 
 
@@ -47,7 +51,9 @@ class PriorRunConfig(Config):
 
     clip: str = Field(description="a CLIP as FrozenCLIP.load takes it: a folder, 'ViT-L-14/openai', 'hf-hub:user/name'")
     clip_cache: int = Field(0, ge=0, description="CLIP features kept in memory; for small sets without augmentation")
-    statistics_batches: int = Field(32, ge=1, description="batches over which mean and deviation are measured before training")
+    statistics_batches: int = Field(
+        32, ge=1, description="batches over which mean and deviation are measured before training"
+    )
     model: PriorConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

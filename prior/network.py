@@ -11,7 +11,8 @@ from unclip.nn import timestep_embedding
 
 
 class Prior(nn.Module):
-    """Sequence: encoded text tokens · CLIP text embedding · timestep · noised image embedding · learned query, whose output
+    """Sequence: encoded text tokens · CLIP text embedding · timestep · noised image embedding · learned query, whose
+    output
     is the prediction of the unnoised image embedding. The Transformer is x-transformers', causal and pre-norm.
 
     Works in the normalised space of `normalise`; its statistics are buffers and travel with the weights.
@@ -53,9 +54,17 @@ class Prior(nn.Module):
         return x * self.std + self.mean  # type: ignore[operator, no-any-return]
 
     def forward(
-        self, x_t: Tensor, t: Tensor, *, text_embedding: Tensor, text_tokens: Tensor, text_mask: Tensor, drop_text: Tensor
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        *,
+        text_embedding: Tensor,
+        text_tokens: Tensor,
+        text_mask: Tensor,
+        drop_text: Tensor,
     ) -> Tensor:
-        """x_t (B, E) normalised, t (B,), text_embedding (B, E) of unit length, text_tokens (B, L, D), text_mask (B, L) bool,
+        """x_t (B, E) normalised, t (B,), text_embedding (B, E) of unit length, text_tokens (B, L, D), text_mask (B,
+        L) bool,
         drop_text (B,) bool: True puts learned nulls in the place of tokens and embedding. -> x̂_0 (B, E), float32.
         """
         tokens = self.token_in(text_tokens)

@@ -51,7 +51,8 @@ class PriorStage:
     ) -> Tensor:
         """Captions' features (B) and one seed each -> image embeddings (B, E) of unit length, float32.
 
-        Of `candidates` samples a caption the one with the largest dot product with the text embedding is kept (unCLIP §2.2).
+        Of `candidates` samples a caption the one with the largest dot product with the text embedding is kept (unCLIP
+        §2.2).
         Raises UnclipError: features that do not fit this prior or the number of seeds, no steps, no candidates.
         """
         config, number = self.config, self.config.candidates if candidates is None else candidates
@@ -96,7 +97,8 @@ class PriorStage:
         embedding = (count, self.config.embedding_dim)
         if text.tokens.shape != tokens or text.embedding.shape != embedding:
             raise UnclipError(
-                f"text tokens of shape {tuple(text.tokens.shape)} and embeddings of shape {tuple(text.embedding.shape)} for "
+                f"text tokens of shape {tuple(text.tokens.shape)} and embeddings of shape "
+                f"{tuple(text.embedding.shape)} for "
                 f"{count} seeds; this prior takes {tokens} and {embedding}, as the CLIP it was trained with gives them"
             )
 

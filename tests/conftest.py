@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,17 @@ def tiny_bundle(tiny_parts: dict[str, Path], tmp_path_factory: pytest.TempPathFa
     from helpers_bundle import make_bundle
 
     return make_bundle(tmp_path_factory.mktemp("bundle") / "tiny", tiny_parts)
+
+
+@pytest.fixture
+def run_cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run `unclip …` in this process -> (exit code, stdout, stderr)."""
+    from unclip.cli import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -1,4 +1,4 @@
-"""Model folders: round trips, shards, replacement as a whole, and what is said of folders that are not whole."""
+"""Model folders: round trips, shards, replacement as a whole, and what is said of damaged ones."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_a_failed_save_leaves_the_old_part(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UnclipError, match="cannot write to .*file"):
+    with pytest.raises(UnclipError, match=r"cannot write to .*file"):
         saved(tmp_path / "file" / "part")
 
 

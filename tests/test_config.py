@@ -28,7 +28,7 @@ RUNS: dict[str, type[Config]] = {
 }
 RECIPES = sorted(CONFIGS.glob("*/*.yaml"))
 # Parameters of the bundled model's networks, whose widths come from its CLIP.
-BUNDLED = {"prior/emoji": 0, "decoder/emoji_64": 0}
+BUNDLED = {"prior/emoji": 3_528_960, "decoder/emoji_64": 9_490_528}
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -91,7 +91,11 @@ def test_override_values(tmp_path: Path, override: str, path: str, value: Any) -
         ("train: [", [], "is not valid YAML"),
         ("", ["train.steps"], "'train.steps' is not of the form key=value"),
         ("", ["=3"], "'=3' is not of the form key=value"),
-        ("train: {steps: 3}", ["train.steps.more=1"], "goes below 'steps', which is a value and not a section"),
+        (
+            "train: {steps: 3}",
+            ["train.steps.more=1"],
+            "goes below 'steps', which is a value and not a section",
+        ),
         ("", ["train.steps=["], "'train.steps=.' has a value that is not YAML"),
     ],
 )

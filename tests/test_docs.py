@@ -1,4 +1,4 @@
-"""What the documentation says: its Python runs, its paths exist, its commands and options are there, its counts are true."""
+"""What the documentation says is so: Python runs, paths, commands and options exist, counts are true."""
 
 from __future__ import annotations
 

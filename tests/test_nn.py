@@ -123,7 +123,7 @@ def test_time_and_samples_matter_and_samples_do_not_mix() -> None:
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         unet(**changes)
 
 

@@ -62,9 +62,7 @@ def read_part_json(folder: Path, kind: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
-        raise UnclipError(
-            f"{folder} is not a model part: config.json is missing (found: {found or 'an empty folder'})"
-        )
+        raise UnclipError(f"{folder} is not a model part: config.json is missing (found: {found or 'an empty folder'})")
     body = read_json(file)
     if body.get("format") != FORMAT or "config" not in body:
         raise UnclipError(f"{file} has format {body.get('format')!r}, this version reads format {FORMAT}")
@@ -86,9 +84,7 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Pa
     problems = [f"missing {k}" for k in missing] + [f"unknown {k}" for k in unknown] + shapes
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UnclipError(
-            f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:3])}{more}"
-        )
+        raise UnclipError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:3])}{more}")
     module.load_state_dict(dict(state))
 
 
@@ -144,32 +140,24 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     text, folder = str(name), Path(name).expanduser()
     if text == BUNDLED and not (folder / MANIFEST).is_file():
         return _MODELS / BUNDLED
-    looks_like_hub_id = (
-        text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
-    )
+    looks_like_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
     if folder.exists() or not looks_like_hub_id:
         return folder
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
-            snapshot_download(
-                text, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt.gz", "*.md"]
-            )
+            snapshot_download(text, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt.gz", "*.md"])
         )
     except Exception as error:  # the Hub's client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnclipError(
-            f"no folder {text!r} here, and the Hub gave no model of that name: {reason}"
-        ) from error
+        raise UnclipError(f"no folder {text!r} here, and the Hub gave no model of that name: {reason}") from error
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """`unclip.json` of a bundle; UnclipError when the folder is none or a part it names is missing."""
     if not folder.is_dir():
-        raise UnclipError(
-            f"no model folder at {folder}; name a folder that holds {MANIFEST}, or a Hub id user/name"
-        )
+        raise UnclipError(f"no model folder at {folder}; name a folder that holds {MANIFEST}, or a Hub id user/name")
     file = folder / MANIFEST
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"

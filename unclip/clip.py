@@ -61,7 +61,9 @@ class FrozenCLIP(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         tower = model.text if hasattr(model, "text") else model
         if not hasattr(tower, "ln_final"):
-            raise UnclipError(f"the text tower of {source} gives no token features; use a CLIP with open_clip's own text tower")
+            raise UnclipError(
+                f"the text tower of {source} gives no token features; use a CLIP with open_clip's own text tower"
+            )
         self._final_norm: nn.Module = tower.ln_final
         self.context_length = int(getattr(tower, "context_length", 77))
         self.token_dim = int(self._final_norm.weight.shape[0])  # type: ignore[union-attr, arg-type]
@@ -97,7 +99,9 @@ class FrozenCLIP(nn.Module):
                     f"{len(known)}) and no 'hf-hub:user/name'"
                 )
             if name in known and pretrained is None:
-                raise UnclipError(f"the architecture {name!r} alone has random weights; name a pretrained tag: '{name}/openai'")
+                raise UnclipError(
+                    f"the architecture {name!r} alone has random weights; name a pretrained tag: '{name}/openai'"
+                )
             identifier = name
         try:
             with warnings.catch_warnings():
@@ -162,7 +166,8 @@ class FrozenCLIP(nn.Module):
         if len(whole) > room:
             dropped = self.tokenizer.decode(whole[room:]).strip()
             warnings.warn(
-                f"the prompt is longer than CLIP's {self.context_length} tokens and was cut; dropped: {dropped!r}", stacklevel=3
+                f"the prompt is longer than CLIP's {self.context_length} tokens and was cut; dropped: {dropped!r}",
+                stacklevel=3,
             )
 
 
@@ -179,10 +184,14 @@ def build_trainable(config: dict[str, Any], folder: Path | None = None) -> tuple
         options["bpe_path"] = str(folder / options["bpe_path"])
     tokenizer = open_clip.SimpleTokenizer(context_length=text.get("context_length", 77), **options)
     if text.get("vocab_size", tokenizer.vocab_size) != tokenizer.vocab_size:
-        raise UnclipError(f"text_cfg.vocab_size is {text['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens")
+        raise UnclipError(
+            f"text_cfg.vocab_size is {text['vocab_size']}, the tokenizer has {tokenizer.vocab_size} tokens"
+        )
     text["vocab_size"] = tokenizer.vocab_size
     model = open_clip.model.CLIP(
-        config["embed_dim"], dict(config["vision_cfg"]), text,
+        config["embed_dim"],
+        dict(config["vision_cfg"]),
+        text,
         nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a parameter without dimensions
         output_dict=True,
     )
@@ -193,21 +202,32 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor, rank: int = 0, w
     """open_clip's contrastive loss over all processes' unit-length embeddings (B, E); a scalar."""
     import open_clip
 
-    loss = open_clip.ClipLoss(local_loss=world_size > 1, gather_with_grad=world_size > 1, rank=rank, world_size=world_size)
+    loss = open_clip.ClipLoss(
+        local_loss=world_size > 1, gather_with_grad=world_size > 1, rank=rank, world_size=world_size
+    )
     return loss(image, text, logit_scale)  # type: ignore[no-any-return]
 
 
 def save_folder(folder: Path, model_config: dict[str, Any], state: dict[str, Tensor], bpe: Path | None) -> None:
-    """Write a CLIP in open_clip's local-dir layout: `open_clip_config.json`, `open_clip_model.safetensors`, vocabulary."""
+    """Write a CLIP in open_clip's local-dir layout: `open_clip_config.json`, `open_clip_model.safetensors`,
+    vocabulary."""
     from safetensors.torch import save_file
 
     size = model_config["vision_cfg"]["image_size"]
-    preprocess = {"size": [size, size], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    preprocess = {
+        "size": [size, size],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+    }
     with replacing(folder) as temporary:
         write_json(temporary / CONFIG_FILE, {"model_cfg": model_config, "preprocess_cfg": preprocess})
         # One file whatever its size: open_clip reads no shards.
         weights = temporary / "open_clip_model.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, weights, {"format": "pt"})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, weights, {"format": "pt"}
+        )
         weights.chmod(0o644)  # safetensors makes it readable by its owner alone
         if bpe is not None:
             shutil.copyfile(bpe, temporary / bpe.name)
@@ -223,7 +243,7 @@ def write_vocabulary(file: Path, merges: int) -> int:
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as whole:
         lines = whole.read().split("\n")[: merges + 1]
     temporary = file.with_name(f".tmp-{file.name}")
-    with open(temporary, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed:
+    with temporary.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed:
         packed.write("\n".join(lines).encode())
     temporary.replace(file)
     return 2 * 256 + merges + 2

@@ -1,6 +1,7 @@
 """Configuration: YAML and `key=value` overrides become validated, immutable objects.
 
-Every run is described by one complete YAML file (`configs/<stage>/<recipe>.yaml`). An unknown key or a value out of range
+Every run is described by one complete YAML file (`configs/<stage>/<recipe>.yaml`). An unknown key or a value out of
+range
 ends in one sentence that names the key and, for a misspelt one, the nearest that exists.
 """
 
@@ -179,7 +180,9 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
         names = _fields_at(cls, location[:-1])
         close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
         prefix = ".".join(location[:-1])
-        nearest = f"did you mean {'.'.join(filter(None, [prefix, close[0]]))!r}?" if close else f"known: {', '.join(names)}"
+        nearest = (
+            f"did you mean {'.'.join(filter(None, [prefix, close[0]]))!r}?" if close else f"known: {', '.join(names)}"
+        )
         return f"unknown key {key!r}; {nearest}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key or 'configuration'}: {message[0].lower() + message[1:]} (got {_short(problem.get('input'))})"

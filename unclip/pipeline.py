@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -65,10 +66,11 @@ class UnCLIP:
         upsamplers: Sequence[UpsamplerStage] = (),
         manifest: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         self.manifest = manifest or {}
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
         self.timings = Timings()
         check_fit(clip, decoder, prior, self.upsamplers)
 
@@ -86,9 +88,9 @@ class UnCLIP:
     ) -> UnCLIP:
         """Load a bundle: the bundled model by default, a folder with `unclip.json`, or a Hub id 'user/name'.
 
-        `size` leaves out the upsamplers that are not needed for it. Raises UnclipError: no such folder, a
-        part missing, parts that do not fit together, weights damaged, no such device. UsageError: a size that
-        the model cannot make.
+        `dtype` is the precision that the networks compute in; `size` leaves out the upsamplers that are not
+        needed for it. Raises UnclipError: no such folder, a part missing, parts that do not fit together,
+        weights damaged, no such device. UsageError: a size that the model cannot make.
         """
         from decoder import DecoderStage
         from prior import PriorStage
@@ -104,16 +106,16 @@ class UnCLIP:
             check_size(size, bundle_sizes(folder, parts))
         place = resolve_device(device)
         clip = FrozenCLIP.load(str(folder / parts["clip"]), device=place)
-        decoder = DecoderStage.load(folder / parts["decoder"], place, dtype)
-        prior = PriorStage.load(folder / parts["prior"], place, dtype) if "prior" in parts else None
+        decoder = DecoderStage.load(folder / parts["decoder"], place)
+        prior = PriorStage.load(folder / parts["prior"], place) if "prior" in parts else None
         upsamplers = []
         reached = decoder.config.unet.image_size
         for part in PARTS[3:]:
             if part in parts and (size is None or reached < size):
-                stage = UpsamplerStage.load(folder / parts[part], place, dtype)
+                stage = UpsamplerStage.load(folder / parts[part], place)
                 upsamplers.append(stage)
                 reached *= stage.config.factor
-        return cls(clip, decoder, prior, upsamplers, manifest, place)
+        return cls(clip, decoder, prior, upsamplers, manifest, place, dtype)
 
     @property
     def name(self) -> str:
@@ -148,7 +150,7 @@ class UnCLIP:
         options: SampleOptions | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """The prior's image embeddings (B, E) for prompts; a single seed serves all prompts, as in `sample`."""
+        """The prior's image embeddings (B, E); a single seed serves all prompts, as in `sample`."""
         text = self.embed_text(prompts)
         return self._prior(text, check_seeds(seed, len(text)), options or SampleOptions(), progress)
 
@@ -361,8 +363,13 @@ class UnCLIP:
         return images
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
+        """Run one stage. Networks other than CLIP run in `dtype`; parameters and the samplers' state stay
+        float32.
+        """
         start = time.perf_counter()
-        result = work()
+        lower = self.dtype != torch.float32 and name != "clip"
+        with torch.autocast(self.device.type, self.dtype) if lower else nullcontext():
+            result = work()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.timings.seconds[name] = time.perf_counter() - start

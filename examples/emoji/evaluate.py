@@ -3,7 +3,8 @@
     python examples/emoji/evaluate.py --data data/emoji_256 [--model emoji] [--names 100]
 
 For each name a 64 px picture is drawn; both it and every emoji of the data set are reduced to 32×32 on white, and the
-nearest by mean squared error must be the named one. Variations are judged in the same way, from the emoji's own picture.
+nearest by mean squared error must be the named one. Variations are judged in the same way, from the emoji's own
+picture.
 """
 
 from __future__ import annotations
@@ -52,9 +53,7 @@ def main() -> None:
         "sampler": arguments.sampler,
     }
     prompts = [arguments.prompt.format(name=name) for name in names]
-    drawn = batched(
-        len(names), lambda s: model.sample(prompts[s], seed=arguments.seed, output="tensor", **options)
-    )
+    drawn = batched(len(names), lambda s: model.sample(prompts[s], seed=arguments.seed, output="tensor", **options))
     embeddings = batched(len(names), lambda s: model.embed_image(pictures[targets[s]]))
     varied = batched(
         len(names), lambda s: model.decode(embeddings[s], seed=arguments.seed + 1, output="tensor", **options)

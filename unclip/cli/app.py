@@ -10,7 +10,6 @@ from unclip.cli import draw, inspect
 
 app = typer.Typer(
     name="unclip",
-    help="unCLIP (DALL·E 2): pictures from prompts, images and CLIP embeddings.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -24,6 +24,7 @@ _ROOT = Path(__file__).parents[2]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 failure, 2 wrong usage, 130 interrupted."""
     debug, arguments = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    streams = sys.stdout, sys.stderr
     with _quiet(debug):
         try:
             from unclip.cli.app import app
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args=arguments, prog_name="unclip", standalone_mode=False
             )
             sys.stdout.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, SystemExit):  # at a broken pipe typer wraps the streams and ends the process
+            sys.stdout, sys.stderr = streams
             return _broken_pipe()
         except KeyboardInterrupt:
             return _say("interrupted", _INTERRUPTED)

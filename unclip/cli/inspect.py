@@ -22,8 +22,9 @@ def embed(
     device: opt.Device = "auto",
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Write the CLIP embeddings of pictures as a .npy file: float32 (N, E) of unit length, in the order
-    given.
+    """Write the CLIP embeddings of pictures as a .npy file.
+
+    They are float32 (N, E), of unit length, in the order given; `unclip decode` takes them.
     """
     if out.suffix.lower() != ".npy":
         raise UsageError(f"--out {out} is no .npy file")
@@ -68,8 +69,9 @@ def bundle(
     ] = "float16",
     overwrite: opt.Overwrite = False,
 ) -> None:
-    """Put trained parts together into one model folder, which `--model` takes; it is loaded once to see that
-    it fits.
+    """Put trained parts together into one model folder, which --model takes.
+
+    Weights are converted and split into files below 16 MiB, and the model is loaded once to see that it fits.
     """
     from unclip.assemble import assemble
 
@@ -103,8 +105,9 @@ def info(
     model: opt.Model = "emoji",
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Tell about this installation and a model: versions, devices, parts, sizes, steps, and the prompts it
-    knows.
+    """Tell about this installation and a model.
+
+    Versions, devices, the model's parts, sizes, default steps, and the prompts it knows (example_prompts).
     """
     from unclip.describe import describe_environment, describe_model
 

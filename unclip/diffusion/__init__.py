@@ -6,6 +6,20 @@ from unclip.diffusion.samplers import SAMPLERS, SeededNoise, ddim, ddpm, dpmpp_2
 from unclip.diffusion.schedule import betas, spaced_timesteps
 
 __all__ = [
-    "SAMPLERS", "Clip", "Denoiser", "GaussianDiffusion", "Prediction", "SeededNoise", "Step", "betas", "ddim", "ddpm",
-    "dpmpp_2m", "dynamic_threshold", "get_sampler", "make_denoiser", "spaced_timesteps", "static_clip",
+    "SAMPLERS",
+    "Clip",
+    "Denoiser",
+    "GaussianDiffusion",
+    "Prediction",
+    "SeededNoise",
+    "Step",
+    "betas",
+    "ddim",
+    "ddpm",
+    "dpmpp_2m",
+    "dynamic_threshold",
+    "get_sampler",
+    "make_denoiser",
+    "spaced_timesteps",
+    "static_clip",
 ]

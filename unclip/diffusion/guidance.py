@@ -25,8 +25,10 @@ def make_denoiser(
 ) -> Denoiser:
     """A closure `(x_t, t) -> Prediction` over a network, its conditioning and guidance.
 
-    With s = `scale`: out(∅) + s · (out(y) − out(∅)), both halves in one batch (classifier-free guidance; unCLIP §2.1); s = 1
-    or no `null` is the plain conditional prediction. A learned variance comes from the conditional half. `clip` maps x̂_0
+    With s = `scale`: out(∅) + s · (out(y) − out(∅)), both halves in one batch (classifier-free guidance; unCLIP
+    §2.1); s = 1
+    or no `null` is the plain conditional prediction. A learned variance comes from the conditional half. `clip` maps
+    x̂_0
     to x̂_0, and ε̂ follows it.
     """
     guided = null is not None and scale != 1.0
@@ -57,7 +59,8 @@ def static_clip(limit: float = 1.0) -> Clip:
 
 
 def dynamic_threshold(percentile: float = 0.995) -> Clip:
-    """Imagen's dynamic thresholding: clamp at the sample's percentile s ≥ 1 of |x̂_0|, then divide by s (Imagen, §2.3)."""
+    """Imagen's dynamic thresholding: clamp at the sample's percentile s ≥ 1 of |x̂_0|, then divide by s (Imagen,
+    §2.3)."""
 
     def clip(x_start: Tensor) -> Tensor:
         s = torch.quantile(x_start.flatten(1).abs().float(), percentile, dim=1).clamp_min(1.0)

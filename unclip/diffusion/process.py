@@ -1,6 +1,7 @@
 """The Gaussian diffusion process: q, its posterior, the conversions between ε, x_0 and v, and the losses.
 
-Timesteps are indices 0 … T−1; index t stands for step t+1 of the papers. Tables are float64; values gathered from them are
+Timesteps are indices 0 … T−1; index t stands for step t+1 of the papers. Tables are float64; values gathered from
+them are
 cast to the dtype of the tensor that they meet.
 """
 
@@ -67,7 +68,8 @@ class GaussianDiffusion:
     # ---- the forward process -------------------------------------------------------------------------------------
 
     def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """t for a training batch, (count,) int64 on the generator's device; uniform unless `timestep_bias` says otherwise."""
+        """t for a training batch, (count,) int64 on the generator's device; uniform unless `timestep_bias` says
+        otherwise."""
         u = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
         t = (u ** (1 / self.config.timestep_bias) * self.timesteps).long()
         return t.clamp_(0, self.timesteps - 1)
@@ -143,7 +145,8 @@ class GaussianDiffusion:
         return {"mse": mse, "vb": vb, "loss": mse + self.config.vb_weight * self.timesteps * vb}
 
     def variational_bound(self, prediction: Prediction, x_start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The bound's term at t in bits a dimension, (B,): KL of the posteriors, or at t = 0 the decoder's likelihood."""
+        """The bound's term at t in bits a dimension, (B,): KL of the posteriors, or at t = 0 the decoder's
+        likelihood."""
         coef_start = self._table(self.posterior_coef_x_start, t, x_t)
         coef_t = self._table(self.posterior_coef_x_t, t, x_t)
         true_mean = coef_start * x_start + coef_t * x_t
@@ -157,7 +160,8 @@ class GaussianDiffusion:
             log_variance = (log_beta if self.config.variance == "fixed_large" else true_log_variance).expand_as(mean)
         # KL between two diagonal Gaussians.
         kl = 0.5 * (
-            log_variance - true_log_variance
+            log_variance
+            - true_log_variance
             + torch.exp(true_log_variance - log_variance)
             + (true_mean - mean) ** 2 * torch.exp(-log_variance)
             - 1
@@ -174,7 +178,9 @@ class GaussianDiffusion:
 
     def _table(self, table: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
         """Gather float64 values at t and shape them for broadcasting against `like`."""
-        values = torch.from_numpy(table).to(t.device)[t].to(like.dtype if like.dtype == torch.float64 else torch.float32)
+        values = (
+            torch.from_numpy(table).to(t.device)[t].to(like.dtype if like.dtype == torch.float64 else torch.float32)
+        )
         return values.view(-1, *[1] * (like.ndim - 1))
 
 

@@ -40,8 +40,13 @@ class SeededNoise:
 
 
 def ddpm(
-    denoiser: Denoiser, x: Tensor, steps: Sequence[Step], noise: Noise, *,
-    eta: float = 1.0, callback: Callback | None = None,
+    denoiser: Denoiser,
+    x: Tensor,
+    steps: Sequence[Step],
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Ancestral sampling (DDPM, algorithm 2) on a respaced process, with a learned variance where the network has one.
 
@@ -65,8 +70,13 @@ def ddpm(
 
 
 def ddim(
-    denoiser: Denoiser, x: Tensor, steps: Sequence[Step], noise: Noise, *,
-    eta: float = 0.0, callback: Callback | None = None,
+    denoiser: Denoiser,
+    x: Tensor,
+    steps: Sequence[Step],
+    noise: Noise,
+    *,
+    eta: float = 0.0,
+    callback: Callback | None = None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12): x_{t−1} = sqrt(ᾱ_{t−1}) x̂_0 + sqrt(1−ᾱ_{t−1}−σ²) ε̂ + σ z, σ² = η² β̃_t."""
     for number, step in enumerate(steps):
@@ -81,10 +91,16 @@ def ddim(
 
 
 def dpmpp_2m(
-    denoiser: Denoiser, x: Tensor, steps: Sequence[Step], noise: Noise, *,
-    eta: float = 0.0, callback: Callback | None = None,
+    denoiser: Denoiser,
+    x: Tensor,
+    steps: Sequence[Step],
+    noise: Noise,
+    *,
+    eta: float = 0.0,
+    callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): deterministic, second order, multistep; first order at the last step."""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): deterministic, second order, multistep; first order at the last
+    step."""
     if eta:
         raise UsageError(f"dpmpp_2m is deterministic and takes eta 0 only, got {eta}; use ddim or ddpm")
     previous: Tensor | None = None

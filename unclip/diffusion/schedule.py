@@ -37,7 +37,9 @@ def spaced_timesteps(timesteps: int, steps: int, spacing: Spacing = "ends") -> l
     Raises UsageError when steps is below 1 or above T.
     """
     if not 1 <= steps <= timesteps:
-        raise UsageError(f"{steps} sampling steps asked for; the process has {timesteps}, so 1 to {timesteps} are possible")
+        raise UsageError(
+            f"{steps} sampling steps asked for; the process has {timesteps}, so 1 to {timesteps} are possible"
+        )
     if spacing == "ddim":
         return list(range(0, timesteps, timesteps // steps))[:steps]
     if steps == 1:

@@ -63,7 +63,9 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, head_channels: int, context_dim: int | None) -> None:
         super().__init__()
         if channels % head_channels:
-            raise ValueError(f"head_channels {head_channels} does not divide the {channels} channels of an attention layer")
+            raise ValueError(
+                f"head_channels {head_channels} does not divide the {channels} channels of an attention layer"
+            )
         self.heads = channels // head_channels
         self.norm = group_norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -82,7 +84,9 @@ class AttentionBlock(nn.Module):
             if mask is not None:
                 own = mask.new_ones(batch, height * width)
                 seen = torch.cat([mask, own], dim=1)[:, None, None, :]  # (B, 1, 1, N + HW)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))  # (B, heads, L, head dim)
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v)
+        )  # (B, heads, L, head dim)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         attended = self.out(attended.transpose(1, 2).flatten(2))  # (B, HW, C)
         return x + attended.transpose(1, 2).reshape(batch, channels, height, width)

@@ -1,13 +1,15 @@
 """The ADM U-Net (Dhariwal & Nichol 2021) with GLIDE's conditioning. It knows nothing of noise schedules.
 
-Context tokens, where given, are concatenated to the keys and values of every self-attention layer (GLIDE, §2.1; unCLIP §2.1).
-`patch_size` folds pixels into channels before the first convolution: the network's top level then runs at 1/patch_size of
+Context tokens, where given, are concatenated to the keys and values of every self-attention layer (GLIDE, §2.1;
+unCLIP §2.1).
+`patch_size` folds pixels into channels before the first convolution: the network's top level then runs at
+1/patch_size of
 the image's resolution, which is where small models should spend their compute.
 """
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +31,19 @@ class UNetConfig(Config):
     patch_size: int = Field(1, ge=1, description="pixels folded into channels by the stem, a side")
     dropout: float = Field(0.0, ge=0, lt=1)
     checkpoint_activations: bool = False
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> UNetConfig:
+        levels, blocks = len(self.channel_mult), self.num_res_blocks
+        if not isinstance(blocks, int) and len(blocks) != levels:
+            raise ValueError(f"num_res_blocks names {len(blocks)} levels, channel_mult {levels}")
+        for level, mult in enumerate(self.channel_mult):
+            width, edge = self.model_channels * mult, self.image_size // self.patch_size // 2**level
+            if edge in self.attention_resolutions and width % self.head_channels:
+                raise ValueError(
+                    f"head_channels {self.head_channels} does not divide the {width} channels at edge {edge}"
+                )
+        return self
 
 
 class UNet(nn.Module):

@@ -36,21 +36,29 @@ def save_checkpoint(
     barrier()
 
 
-def load_checkpoint(folder: Path, engine: Any, distributed: Distributed) -> dict[str, Any] | None:
-    """Restore the newest checkpoint into the engine and return this process's own part; None where there is none."""
+def load_checkpoint(folder: Path, engine: Any, zero_stage: int, distributed: Distributed) -> dict[str, Any] | None:
+    """Restore the newest checkpoint into the engine and return this process's own part; None where there is none.
+
+    Without ZeRO every process holds the whole state, so another number of processes may go on: each then takes the
+    first
+    one's part, without its random states ("generator" and "torch_rng" are None).
+    """
     found = checkpoints(folder)
     if not found:
         return None
     newest = found[-1]
     written_by = len(list(newest.glob("rank-*.pt")))
-    if written_by != distributed.world_size:
+    moved = written_by != distributed.world_size
+    if moved and zero_stage > 0:
         raise UnclipError(
-            f"{newest} was written by {written_by} processes and cannot be continued by {distributed.world_size}; start "
-            f"{written_by}, or choose another train.run_dir"
+            f"{newest} was written by {written_by} processes with ZeRO stage {zero_stage}, whose parts "
+            "cannot be continued by "
+            f"{distributed.world_size}; start {written_by}, or choose another train.run_dir"
         )
-    own: dict[str, Any] = torch.load(newest / f"rank-{distributed.rank}.pt", weights_only=True)
+    rank = 0 if moved else distributed.rank
+    own: dict[str, Any] = torch.load(newest / f"rank-{rank}.pt", weights_only=True)
     load_engine(engine, newest)
-    return own
+    return {**own, "generator": None, "torch_rng": None, "cuda_rng": None} if moved else own
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unclip.clip import build_trainable, clip_loss, save_folder, write_vocabulary
 from unclip.config import Config, DataConfig, TrainConfig
+from unclip.errors import UnclipError
 from unclip.training.distributed import Distributed
 from unclip.training.launch import open_batches
 from unclip.training.loop import fit
@@ -74,8 +75,11 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
     """Train and write the model in open_clip's local-dir layout."""
     run_dir = Path(config.train.run_dir)
     vocabulary_folder = run_dir / f"vocabulary-{distributed.rank}"  # one a process: no file is written twice
-    vocabulary_folder.mkdir(parents=True, exist_ok=True)
-    write_vocabulary(vocabulary_folder / _VOCABULARY, config.model.vocabulary_merges)
+    try:
+        vocabulary_folder.mkdir(parents=True, exist_ok=True)
+        write_vocabulary(vocabulary_folder / _VOCABULARY, config.model.vocabulary_merges)
+    except OSError as error:
+        raise UnclipError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
     torch.manual_seed(config.train.seed)
     model, tokenizer = build_trainable(config.model.open_clip_config(), vocabulary_folder)
 

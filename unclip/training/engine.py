@@ -46,7 +46,8 @@ def start_engine(network: nn.Module, config: TrainConfig, distributed: Distribut
 
     if not deepspeed.comm.is_initialized():
         if distributed.device.type == "cpu":
-            # Compiling this op takes minutes and a C++ compiler at the first start; gloo alone is as good on a few cores.
+            # Compiling this op takes minutes and a C++ compiler at the first start; gloo alone is as good on a few
+            # cores.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if distributed.device.type == "cuda" else "gloo", verbose=False)
     network = network.to(distributed.device)
@@ -111,6 +112,4 @@ def _environment_of_one_process() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ.update(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

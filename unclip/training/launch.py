@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
@@ -16,9 +16,13 @@ from unclip.training.engine import micro_batch_size
 
 
 def main_for(
-    config_cls: type[ConfigT], run: Callable[[ConfigT, Distributed], Any], description: str, argv: list[str] | None = None
+    config_cls: type[ConfigT],
+    run: Callable[[ConfigT, Distributed], Any],
+    description: str,
+    argv: list[str] | None = None,
 ) -> None:
-    """Parse `--config FILE [key=value …]`, load the configuration and run. Exit code 2 for wrong usage, 1 for failure."""
+    """Parse `--config FILE [key=value …]`, load the configuration and run. Exit code 2 for wrong usage, 1 for
+    failure."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file; the ready ones are in configs/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -30,7 +34,7 @@ def main_for(
     except UnclipError as error:
         if arguments.debug:
             raise
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -37,10 +37,13 @@ def fit(
     export: Export,
     sample: Sample | None = None,
 ) -> Path:
-    """Train to `config.steps`, continuing from the newest checkpoint in `run_dir`, and write the EMA model to `run_dir/model`.
+    """Train to `config.steps`, continuing from the newest checkpoint in `run_dir`, and write the EMA model to
+    `run_dir/model`.
 
-    `loss_fn(network, batch, generator)` returns per-sample losses (B,) by name; `loss` is minimised. `batch["image"]` is on
-    the device. `export(ema_state, folder)` writes a model folder; `sample(ema_network)` draws a grid for `run_dir/samples`.
+    `loss_fn(network, batch, generator)` returns per-sample losses (B,) by name; `loss` is minimised. `batch["image"]`
+    is on
+    the device. `export(ema_state, folder)` writes a model folder; `sample(ema_network)` draws a grid for
+    `run_dir/samples`.
     Returns the model folder. Raises UnclipError: the run folder cannot be written, or holds a run of another model.
     """
     distributed = current()
@@ -51,7 +54,7 @@ def fit(
     engine = start_engine(network, config, distributed)
     ema = EMA(engine.module, config.ema_decay)
     generator = torch.Generator(distributed.device).manual_seed(config.seed * 1_000_003 + distributed.rank)
-    step = _resume(run_dir, engine, ema, generator, batches, distributed)
+    step = _resume(run_dir, engine, ema, generator, batches, config, distributed)
     tracker = Tracker(run_dir, config, run_config.model_dump(mode="json"), step, distributed.is_main)
     if step:
         tracker.say(f"continuing {run_dir} from step {step}")
@@ -67,7 +70,12 @@ def fit(
             speed = (step - logged) * config.batch_size / (now - started)
             tracker.log(
                 step,
-                {**losses(), "lr": engine.get_lr()[0], "grad_norm": train_step.gradient_norm(), "images_per_second": speed},
+                {
+                    **losses(),
+                    "lr": engine.get_lr()[0],
+                    "grad_norm": train_step.gradient_norm(),
+                    "images_per_second": speed,
+                },
             )
             started, logged = now, step
         if config.sample_every and step % config.sample_every == 0:
@@ -88,8 +96,13 @@ class _Step:
     """One optimizer step: all its micro-batches through loss, backward and the engine's step."""
 
     def __init__(
-        self, engine: Any, loss_fn: LossFunction, batches: Batches, config: TrainConfig,
-        generator: torch.Generator, distributed: Distributed,
+        self,
+        engine: Any,
+        loss_fn: LossFunction,
+        batches: Batches,
+        config: TrainConfig,
+        generator: torch.Generator,
+        distributed: Distributed,
     ) -> None:
         self.engine, self.loss_fn, self.batches, self.config = engine, loss_fn, batches, config
         self.generator, self.device = generator, distributed.device
@@ -137,18 +150,29 @@ def _open_run(run_dir: Path, run_config: Config, distributed: Distributed) -> No
 
 
 def _resume(
-    run_dir: Path, engine: Any, ema: EMA, generator: torch.Generator, batches: Batches, distributed: Distributed
+    run_dir: Path,
+    engine: Any,
+    ema: EMA,
+    generator: torch.Generator,
+    batches: Batches,
+    config: TrainConfig,
+    distributed: Distributed,
 ) -> int:
-    own = load_checkpoint(run_dir / "checkpoints", engine, distributed)
+    own = load_checkpoint(run_dir / "checkpoints", engine, config.zero_stage, distributed)
     if own is None:
         return 0
     ema.load_state_dict(own["ema"])
-    generator.set_state(own["generator"])
-    torch.set_rng_state(own["torch_rng"])
+    step = int(own["step"])
+    if own["generator"] is None:  # other processes than before: new noise, not that of the first steps again
+        generator.manual_seed((config.seed + step) * 1_000_003 + distributed.rank)
+        torch.manual_seed(config.seed + step + distributed.rank)
+    else:
+        generator.set_state(own["generator"])
+        torch.set_rng_state(own["torch_rng"])
     if own["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda_rng"])
     batches.load_state_dict(own["data"])
-    return int(own["step"])
+    return step
 
 
 def _own_state(ema: EMA, generator: torch.Generator, batches: Batches) -> dict[str, Any]:
@@ -178,4 +202,3 @@ def _draw(
 
 def _compiled(loss_fn: LossFunction, config: TrainConfig) -> LossFunction:
     return torch.compile(loss_fn) if config.compile else loss_fn
-

@@ -14,7 +14,8 @@ from unclip.clip import FrozenCLIP, TextFeatures
 class EmbeddingMemo:
     """`encode_text` and `encode_image` of a FrozenCLIP, remembering up to `size` answers of each kind.
 
-    Keyed by the caption and by the picture's bytes, so that it is right for augmented pictures too (and useless for them).
+    Keyed by the caption and by the picture's bytes, so that it is right for augmented pictures too (and useless for
+    them).
     """
 
     def __init__(self, clip: FrozenCLIP, size: int) -> None:

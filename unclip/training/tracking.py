@@ -30,7 +30,7 @@ class Tracker:
         if not self.main:
             return
         row = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
-        with open(self.file, "a", encoding="utf-8") as out:
+        with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
         self.bar.set_postfix(
             loss=f"{metrics['loss']:.4f}", **{"img/s": f"{metrics['images_per_second']:.1f}"}, refresh=False

@@ -1,0 +1,120 @@
+"""The model that comes with the package: whole, small, at work offline, and drawing what it is asked for."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unclip
+from unclip import UnCLIP
+from unclip.bundle import BUNDLED, read_manifest, resolve_model
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+EDGE, COLUMNS = 32, 8
+# Unlike each other in colour or shape; eight of the twelve must be recognised.
+ASKED = (
+    "pizza", "red apple", "banana", "watermelon", "broccoli", "rainbow",
+    "sunflower", "penguin", "frog", "basketball", "balloon", "soccer ball",
+)  # fmt: skip
+ENOUGH = 8
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    folder = resolve_model(BUNDLED)
+    assert folder.is_relative_to(Path(unclip.__file__).parent)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[str, np.ndarray]:
+    """Name -> thumbnail (32, 32, 3), floats in [0, 255]."""
+    with Image.open(DATA / "emoji_thumbnails.png") as picture:
+        sheet = np.asarray(picture.convert("RGB")).astype(float)
+    names = (DATA / "emoji_thumbnails.txt").read_text(encoding="utf-8").split("\n")[:-1]
+    cells = {}
+    for index, name in enumerate(names):
+        top, left = index // COLUMNS * EDGE, index % COLUMNS * EDGE
+        cells[name] = sheet[top : top + EDGE, left : left + EDGE]
+    return cells
+
+
+def nearest(image: Image.Image, references: dict[str, np.ndarray]) -> str:
+    """The name of the thumbnail with the least mean squared error."""
+    small = np.asarray(image.resize((EDGE, EDGE), Image.Resampling.BOX)).astype(float)
+    return min(references, key=lambda name: float(((references[name] - small) ** 2).mean()))
+
+
+def test_the_references_are_whole(references: dict[str, np.ndarray]) -> None:
+    assert len(references) == 40 and set(ASKED) <= set(references)
+    for name, cell in references.items():
+        assert nearest(Image.fromarray(cell.astype(np.uint8)), references) == name
+
+
+def test_the_manifest(folder: Path, references: dict[str, np.ndarray]) -> None:
+    manifest = read_manifest(folder)
+    known = manifest["example_prompts"]
+    assert list(manifest["parts"]) == ["clip", "prior", "decoder", "upsampler_256", "upsampler_1024"]
+    assert len(known) >= 300 and len(set(known)) == len(known)
+    assert "pizza" in known
+    assert set(references) <= set(known)
+
+
+def test_it_is_small_and_holds_no_pickle(folder: Path) -> None:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    assert sum(sizes.values()) <= 40e6, sizes
+    assert max(sizes.values()) <= 16 * 2**20, sizes
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".gz", ".md"}
+
+
+def test_it_draws_offline(folder: Path, references: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """As a process with an empty home and the Hub switched off."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hub"),
+        "HOME": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "unclip", "sample", "--prompt", "pizza", "--size", "64", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    assert (record["width"], record["prompt"]) == (64, "pizza")
+    with Image.open(tmp_path / record["path"]) as image:
+        assert nearest(image.convert("RGB"), references) == "pizza"
+
+
+def test_it_draws_what_it_is_asked_for(folder: Path, references: dict[str, np.ndarray]) -> None:
+    model = UnCLIP.from_pretrained(device="cpu", size=64)
+    drawn = {name: nearest(model.sample(name, size=64)[0], references) for name in ASKED}
+    right = [name for name, seen in drawn.items() if name == seen]
+    assert len(right) >= ENOUGH, drawn
+
+
+def test_it_makes_1024_px(folder: Path, references: dict[str, np.ndarray]) -> None:
+    model = UnCLIP.from_pretrained(device="cpu")
+    assert model.sizes == (64, 256, 1024)
+    small, large = (model.sample("pizza", size=size, output="tensor") for size in (64, 1024))
+    assert large.shape == (1, 3, 1024, 1024)
+    shrunk = torch.nn.functional.interpolate(large, (64, 64), mode="area")
+    assert float((shrunk - small).abs().mean()) < 0.1  # the upsamplers keep what the decoder drew
+
+
+def test_the_docstring_examples_run(folder: Path) -> None:
+    runner = doctest.DocTestRunner()
+    found = [test for test in doctest.DocTestFinder().find(UnCLIP, "UnCLIP") if test.examples]
+    for test in found:
+        runner.run(test)
+    assert found and runner.failures == 0 and runner.tries >= 5

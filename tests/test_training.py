@@ -1,0 +1,320 @@
+"""The training loop in one process: EMA, schedule, checkpoints, bad input, a killed run continued."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from decoder.config import DecoderRunConfig
+from prior.config import PriorRunConfig
+from unclip.config import OptimizerConfig, TrainConfig, WandbConfig
+from unclip.errors import UnclipError, UsageError
+from unclip.training import Distributed, main_for
+from unclip.training.checkpoint import checkpoints, load_checkpoint
+from unclip.training.clip import ClipRunConfig
+from unclip.training.ema import EMA
+from unclip.training.engine import learning_rate_factor, micro_batch_size
+from unclip.training.tracking import Tracker
+from upsamplers.config import UpsamplerRunConfig
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------
+
+
+def test_ema_agrees_with_a_plain_reference() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    ema = EMA(network, decay=0.9)
+    reference = {name: p.detach().double() for name, p in network.named_parameters()}
+    for update in range(120):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update()
+        decay = min(0.9, (1 + update) / (10 + update))  # reaches 0.9 at update 80
+        for name, parameter in network.named_parameters():
+            reference[name] = decay * reference[name] + (1 - decay) * parameter.detach().double()
+    network[1].running_mean.fill_(3)  # type: ignore[union-attr, operator]
+    full = ema.state_dict_full()
+    assert set(full) == set(network.state_dict())
+    for name, expected in reference.items():
+        assert full[name].dtype == torch.float32
+        assert torch.allclose(full[name].double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(full["1.running_mean"], torch.full((3,), 3.0))  # buffers are as they are
+    other = EMA(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), decay=0.9)
+    other.load_state_dict(ema.state_dict())
+    assert other.updates == 120 and torch.equal(other.shadow["0.weight"], full["0.weight"])
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    cosine = OptimizerConfig(warmup_steps=10, schedule="cosine")
+    factors = [learning_rate_factor(cosine, step, 110) for step in range(112)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10:] == pytest.approx(
+        [0.5 * (1 + math.cos(math.pi * min(i, 100) / 100)) for i in range(102)]
+    )
+    constant = OptimizerConfig(warmup_steps=2)
+    assert [learning_rate_factor(constant, step, 5) for step in range(5)] == [0.5, 1, 1, 1, 1]
+
+
+def test_batch_is_shared_out_evenly() -> None:
+    config = TrainConfig(batch_size=24, accumulation=3)
+    assert micro_batch_size(config, Distributed(1, 4, CPU)) == 2
+    with pytest.raises(
+        UsageError, match=r"batch_size 24 does not divide over 5 .* 3 .*; use a multiple of 15"
+    ):
+        micro_batch_size(config, Distributed(0, 5, CPU))
+
+
+def test_checkpoints_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    (tmp_path / ".tmp-step-00000011").mkdir()  # a kill while writing
+    assert [path.name for path in checkpoints(tmp_path)] == [
+        "step-00000002",
+        "step-00000009",
+        "step-00000010",
+    ]
+    for rank in range(2):
+        (tmp_path / "step-00000010" / f"rank-{rank}.pt").touch()
+    with pytest.raises(UnclipError, match=r"step-00000010 was written by 2 processes .* by 3; start 2, or"):
+        load_checkpoint(tmp_path, None, Distributed(0, 3, CPU))
+    assert load_checkpoint(tmp_path / "none", None, Distributed(0, 1, CPU)) is None
+
+
+def test_metrics_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
+    config = TrainConfig(steps=9, wandb=WandbConfig(mode="disabled"))
+    metrics = {"loss": 0.123456789, "images_per_second": 2.0}
+    first = Tracker(tmp_path, config, {}, 0, True)
+    for step in range(1, 6):
+        first.log(step, metrics)
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a kill while writing
+    Tracker(tmp_path, config, {}, 3, False).log(9, metrics)  # other processes keep out
+    second = Tracker(tmp_path, config, {}, 3, True)
+    second.log(4, {**metrics, "loss": 9.0})
+    second.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        *((step, 0.123457) for step in (1, 2, 3)),
+        (4, 9.0),
+    ]
+
+
+@pytest.mark.parametrize("key, mode", [(None, "offline"), ("secret", "online")])
+def test_wandb_is_online_when_somebody_is_logged_in(
+    key: str | None, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    started: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=lambda *_a, **_o: None, finish=lambda **_o: None)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=key))
+    monkeypatch.setattr(wandb, "init", lambda **options: (started.append(options), run)[1])
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    Tracker(tmp_path / "a run", TrainConfig(), {"seed": 3}, 0, True).close()
+    assert len(started) == 1
+    assert (started[0]["mode"], started[0]["name"], started[0]["config"]) == (mode, "a run", {"seed": 3})
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import datasets
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_clip_folder: Path) -> dict[str, Path]:
+    """A tiny configuration a stage."""
+    train = {"run_dir": str(tmp_path / "run"), "steps": 4, "batch_size": 4, "wandb": {"mode": "disabled"}}
+    data = {"source": "synthetic", "image_size": 16, "synthetic": {"size": 20}}
+    unet = {"image_size": 16, "model_channels": 8, "channel_mult": [1, 2], "head_channels": 8}
+    bodies: dict[str, dict[str, Any]] = {
+        "clip": {"model": {"embed_dim": 8, "image_size": 16}},
+        "prior": {
+            "clip": str(tiny_clip_folder),
+            "statistics_batches": 1,
+            "model": {"width": 16, "depth": 1, "heads": 2, "dropout": 0.1},
+        },
+        "decoder": {"clip": str(tiny_clip_folder), "model": {"unet": unet, "context_dim": 8}},
+        "upsampler": {
+            "model": {"unet": unet, "low_size": 8, "high_size": 16, "steps": 2},
+            "data": {**data, "crop_size": 8},
+        },
+    }
+    files = {}
+    for stage, body in bodies.items():
+        files[stage] = tmp_path / f"{stage}.yaml"
+        files[stage].write_text(yaml.safe_dump({"data": data, "train": train, **body}))
+    return files
+
+
+def refused(
+    stage: str, recipe: dict[str, Path], capsys: pytest.CaptureFixture[str], *overrides: str
+) -> tuple[int, str]:
+    """Exit code and error text of a stage's command, run here."""
+    from decoder.train import run as run_decoder
+    from prior.train import run as run_prior
+    from unclip.training.clip import run as run_clip
+    from upsamplers.train import run as run_upsampler
+
+    config_cls, run = {
+        "clip": (ClipRunConfig, run_clip),
+        "prior": (PriorRunConfig, run_prior),
+        "decoder": (DecoderRunConfig, run_decoder),
+        "upsampler": (UpsamplerRunConfig, run_upsampler),
+    }[stage]
+    with pytest.raises(SystemExit) as ended:
+        main_for(config_cls, run, "", ["--config", str(recipe[stage]), *overrides])  # type: ignore[arg-type, misc]
+    text = capsys.readouterr().err.strip()
+    assert "Traceback" not in text and isinstance(ended.value.code, int)
+    return ended.value.code, text.splitlines()[-1]
+
+
+STAGES = ["clip", "prior", "decoder", "upsampler"]
+
+
+def test_script_ends_with_code_2_and_one_line(recipe: dict[str, Path]) -> None:
+    command = [sys.executable, "train_prior.py", "--config", str(recipe["prior"]), "train.stepz=3"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}  # other packages'
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.splitlines() == [
+        f"train_prior.py: {recipe['prior']}: unknown key 'train.stepz'; did you mean 'train.steps'?"
+    ]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_folder_that_cannot_be_written(
+    stage: str, recipe: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = recipe[stage] / "run"  # below a file
+    code, text = refused(stage, recipe, capsys, f"train.run_dir={place}")
+    assert code == 1 and f"the run folder {place} cannot be written" in text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_of_another_model_is_not_continued(
+    stage: str, recipe: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("model: {width: 4096}\n")
+    code, text = refused(stage, recipe, capsys)
+    assert code == 1 and "holds a run of another model" in text and "choose another train.run_dir" in text
+    assert (tmp_path / "run" / "config.yaml").read_text() == "model: {width: 4096}\n"
+
+
+@pytest.mark.parametrize("stage", ["prior", "upsampler"])
+def test_data_that_cannot_be_used(
+    stage: str, recipe: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, row in (("uncaptioned", {"file_name": "0.png", "colour": "red"}), ("empty", None)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "0.png")
+        (tmp_path / name / "metadata.jsonl").write_text("" if row is None else json.dumps(row) + "\n")
+    for name, expected in (
+        ("uncaptioned", "has no caption column under a usual name; columns found: image, colour"),
+        ("empty", "is empty"),
+        ("nowhere", "there is no data set at"),
+    ):
+        code, text = refused(stage, recipe, capsys, f"data.source={tmp_path / name}")
+        assert code == 1 and expected in text and str(tmp_path / name) in text, text
+    code, text = refused(
+        stage, recipe, capsys, f"data.source={tmp_path / 'uncaptioned'}", "data.caption_column=x"
+    )
+    assert code == 1 and "has no column 'x' for the caption" in text
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_clip_that_cannot_be_loaded(
+    stage: str, recipe: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(stage, recipe, capsys, "clip=nothing")[0] == 1
+    code, text = refused(stage, recipe, capsys, "train.batch_size=5", "train.accumulation=2")
+    assert code == 2 and "use a multiple of 2" in text
+
+
+def test_missing_configuration_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = refused("clip", {"clip": Path("nowhere.yaml")}, capsys)
+    assert code == 2 and "no configuration file at nowhere.yaml" in text
+    with pytest.raises(SystemExit) as ended:
+        main_for(ClipRunConfig, lambda *_: None, "", [])
+    assert ended.value.code == 2 and "--config" in capsys.readouterr().err
+
+
+# ---- a run that is killed and continued --------------------------------------------------------------------
+
+STEPS = 40
+
+
+def start(recipe: Path, run_dir: Path) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "train_prior.py", "--config", str(recipe), f"train.run_dir={run_dir}",
+        f"train.steps={STEPS}", "train.log_every=1", "train.checkpoint_every=4", "train.ema_decay=0.9",
+        "train.optimizer.schedule=cosine",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(run: subprocess.Popen[str]) -> str:
+    output, _ = run.communicate(timeout=900)
+    assert run.returncode == 0, output
+    return output
+
+
+def test_a_killed_run_continues_to_the_same_weights(recipe: dict[str, Path], tmp_path: Path) -> None:
+    """Bitwise on the CPU: dropout, dropped captions, EMA, a decaying rate, epochs that end in between."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    reference, victim = start(recipe["prior"], whole), start(recipe["prior"], cut)
+    try:
+        while not checkpoints(cut / "checkpoints") and victim.poll() is None:
+            time.sleep(0.005)
+    finally:
+        victim.send_signal(signal.SIGKILL)
+    output, _ = victim.communicate()
+    assert victim.returncode == -signal.SIGKILL, output
+    reached = int(checkpoints(cut / "checkpoints")[-1].name.removeprefix("step-"))
+    assert 4 <= reached < STEPS and not (cut / "model").exists()
+    finish(reference)
+    assert f"continuing {cut} from step {reached}" in finish(start(recipe["prior"], cut))
+
+    def rows(folder: Path) -> list[dict[str, float]]:
+        parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in parsed]
+
+    assert rows(whole) == rows(cut) and [row["step"] for row in rows(cut)] == list(range(1, STEPS + 1))
+    assert len({row["loss"] for row in rows(cut)}) > STEPS / 2
+    for name in ("model.safetensors", "config.json"):
+        assert (whole / "model" / name).read_bytes() == (cut / "model" / name).read_bytes()
+    kept = [path.name for path in checkpoints(cut / "checkpoints")]
+    assert kept == [f"step-{STEPS - 4:08d}", f"step-{STEPS:08d}"]
