@@ -45,6 +45,9 @@ class FrozenCLIP(nn.Module):
     `model` is an open_clip CLIP, `tokenizer` its tokenizer; use `load`.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, tokenizer: Any, source: str = "a model in memory") -> None:
         super().__init__()
         import open_clip
@@ -64,9 +67,10 @@ class FrozenCLIP(nn.Module):
             raise UnclipError(
                 f"the text tower of {source} gives no token features; use a CLIP with open_clip's own text tower"
             )
-        self._final_norm: nn.Module = tower.ln_final
+        norm: Any = tower.ln_final
+        self._final_norm = norm
         self.context_length = int(getattr(tower, "context_length", 77))
-        self.token_dim = int(self._final_norm.weight.shape[0])  # type: ignore[union-attr, arg-type]
+        self.token_dim = int(norm.weight.shape[0])
         with torch.no_grad():
             self.embedding_dim = int(self.model.encode_text(self._tokenize([""])[0]).shape[-1])  # type: ignore[operator]
 
@@ -118,7 +122,7 @@ class FrozenCLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.mean.device  # type: ignore[return-value]
+        return self.mean.device
 
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextFeatures:

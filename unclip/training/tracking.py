@@ -32,9 +32,8 @@ class Tracker:
         row = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(row) + "\n")
-        self.bar.set_postfix(
-            loss=f"{metrics['loss']:.4f}", **{"img/s": f"{metrics['images_per_second']:.1f}"}, refresh=False
-        )
+        shown = {"loss": f"{metrics['loss']:.4f}", "img/s": f"{metrics['images_per_second']:.1f}"}
+        self.bar.set_postfix(shown, refresh=False)
         if self.wandb is not None:
             self.wandb.log(metrics, step=step)
 
