@@ -169,9 +169,7 @@ def test_images_are_normalised_as_the_model_wants(tiny_clip_folder: Path, tmp_pa
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def test_memo_gives_the_clips_answers_and_asks_once(
-    clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memo_gives_the_clips_answers_and_asks_once(clip: FrozenCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
     memo, images = EmbeddingMemo(clip, 10), pictures(3)
     captions = ["a star", "two rings", "a star"]
     expected_text, expected = clip.encode_text(captions), clip.encode_image(images)

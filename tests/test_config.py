@@ -99,9 +99,7 @@ def test_override_values(tmp_path: Path, override: str, path: str, value: Any) -
         ("", ["train.steps=["], "'train.steps=.' has a value that is not YAML"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(
-    tmp_path: Path, text: str, overrides: list[str], message: str
-) -> None:
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load(tmp_path, text, *overrides)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from decoder import Decoder, DecoderConfig, DecoderStage, decoder_loss
 from decoder.objective import noised_embedding
 from decoder.sampling import KIND
+from decoder.train import start_from
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
@@ -111,9 +112,7 @@ def test_image_embedding_reaches_time_embedding_and_four_tokens() -> None:
     image_tokens = decoder.embedding_to_tokens(scaled).view(2, 4, CONTEXT)
     assert torch.allclose(context[:, LENGTH:], image_tokens)
     assert bool((image_tokens[:, 0] - image_tokens[:, 1]).abs().max() > 0.1)  # four, not one four times
-    assert torch.allclose(
-        context[:, :LENGTH], decoder.text_norm(decoder.text_to_tokens(given["text_tokens"]))
-    )
+    assert torch.allclose(context[:, :LENGTH], decoder.text_norm(decoder.text_to_tokens(given["text_tokens"])))
     assert torch.equal(mask, torch.cat([given["text_mask"], torch.ones(2, 4, dtype=torch.bool)], dim=1))
 
 
@@ -228,9 +227,7 @@ def test_embedding_noise_stays_on_the_sphere_and_within_its_weight() -> None:
         assert 0.35 * largest < float(sine.mean()) < 0.55 * largest  # w is uniform in [0, largest]
     own = config(embedding_noise=0.5)
     spy = Spy()
-    decoder_loss(
-        spy, GaussianDiffusion(own.diffusion), own, torch.zeros(50, 3, 2, 2), unit(50), text(50), generator
-    )
+    decoder_loss(spy, GaussianDiffusion(own.diffusion), own, torch.zeros(50, 3, 2, 2), unit(50), text(50), generator)
     assert not torch.allclose(spy.calls[0]["image_embedding"], unit(50), atol=1e-2)
 
 
@@ -261,9 +258,7 @@ def test_guidance_runs_from_unconditional_to_conditional_and_beyond() -> None:
     assert len(spy.last[0]) == 2
     nothing = stage.sample(embedding, [1, 2], guidance=0.0, **options)
     assert len(spy.last[0]) == 4  # both halves in one batch
-    assert torch.allclose(
-        nothing, stage.sample(None, [1, 2], guidance=1.0, sampler="ddim", steps=1), atol=1e-5
-    )
+    assert torch.allclose(nothing, stage.sample(None, [1, 2], guidance=1.0, sampler="ddim", steps=1), atol=1e-5)
     other = stage.sample(unit(2, 30), [1, 2], guidance=0.0, **{**options, "text": None})
     assert torch.allclose(nothing, other, atol=1e-5)
     assert not torch.allclose(nothing, conditional, atol=1e-3)
@@ -304,6 +299,25 @@ def test_conditions_that_do_not_fit_are_refused() -> None:
         stage.sample(unit(1), [0], steps=0)
 
 
+# ---- starting from another ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_training_may_start_from_another_decoder(tmp_path: Path, prediction: str) -> None:
+    """Of one that predicts something else all is taken over but the output layer, which stays zero."""
+    source = network(diffusion={"prediction": "epsilon", "variance": "learned_range"})
+    save_part(tmp_path / "part", KIND, source.config, source.state_dict())
+    fresh = Decoder(config(diffusion={"prediction": prediction, "variance": "learned_range"}))
+    start_from(fresh, tmp_path / "part")
+    for name, tensor in fresh.state_dict().items():
+        if name.startswith("unet.conv_out") and prediction == "v":
+            assert not tensor.any()
+        else:
+            assert torch.equal(tensor, source.state_dict()[name]), name
+    with pytest.raises(UnclipError, match="do not fit"):
+        start_from(Decoder(config(context_dim=8)), tmp_path / "part")
+
+
 # ---- learning ----------------------------------------------------------------------------------------------
 
 
@@ -318,9 +332,7 @@ def test_a_few_pictures_are_learned() -> None:
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     index, history = torch.arange(4).repeat(4), []
     for _ in range(120):
-        losses = decoder_loss(
-            decoder, process, own, truth[index], embedding[index], text(4)[index], generator
-        )
+        losses = decoder_loss(decoder, process, own, truth[index], embedding[index], text(4)[index], generator)
         optimizer.zero_grad()
         losses["loss"].mean().backward()
         optimizer.step()

@@ -118,9 +118,7 @@ def test_timestep_bias_is_the_stated_power(bias: float) -> None:
 def test_q_sample_has_the_stated_moments() -> None:
     ours, count = process(), 40_000
     for t in (0, 300, 999):
-        x_t = ours.q_sample(
-            torch.full((count, 1), 0.7).double(), torch.full((count,), t), normal(count, 1, seed=t)
-        )
+        x_t = ours.q_sample(torch.full((count, 1), 0.7).double(), torch.full((count,), t), normal(count, 1, seed=t))
         bar = ours.alphas_cumprod[t]
         assert float(x_t.mean()) == pytest.approx(math.sqrt(bar) * 0.7, abs=4 * math.sqrt((1 - bar) / count))
         assert float(x_t.var()) == pytest.approx(1 - bar, rel=0.03)
@@ -209,9 +207,7 @@ def test_simple_loss_is_the_mean_square_of_each_sample() -> None:
     assert torch.allclose(losses["loss"], expected) and torch.allclose(losses["mse"], expected)
 
 
-def reference_bits(
-    ours: GaussianDiffusion, x_start: float, x_t: float, t: int, guess: float, fraction: float
-) -> float:
+def reference_bits(ours: GaussianDiffusion, x_start: float, x_t: float, t: int, guess: float, fraction: float) -> float:
     """One value's term of the bound, written anew with scalars (DDPM eq. 5 and 13; Improved DDPM eq. 15)."""
     beta, bar = float(ours.betas[t]), float(ours.alphas_cumprod[t])
     before = float(ours.alphas_cumprod[t - 1]) if t else 1.0

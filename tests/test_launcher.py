@@ -84,7 +84,7 @@ def check_weights(trained: nn.Module, state: dict[str, Tensor], rounding: float 
     """
     moved = 0
     for name, parameter in trained.named_parameters():
-        difference = (parameter - state[name].reshape(parameter.shape)).abs()
+        difference = (parameter.detach() - state[name].reshape(parameter.shape)).abs()
         allowed = 1.5 * STEPS * RATE + rounding * state[name].abs().max()
         assert float(difference.max()) < allowed, name
         moved += int((difference > 0.1 * RATE).sum())

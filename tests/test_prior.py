@@ -269,9 +269,7 @@ def test_guidance_moves_away_from_the_captionless_answer() -> None:
     assert not torch.allclose(plain, silent, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "options, message", [({"steps": 0}, "0 sampling steps"), ({"candidates": 0}, "candidates")]
-)
+@pytest.mark.parametrize("options, message", [({"steps": 0}, "0 sampling steps"), ({"candidates": 0}, "candidates")])
 def test_zero_is_refused_and_not_read_as_the_default(options: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         PriorStage(network(), config()).sample(text(1), [0], **options)

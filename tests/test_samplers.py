@@ -219,9 +219,7 @@ def test_ddpm_agrees_with_diffusers(variance: str, schedule: str, monkeypatch: p
     steps = ours.steps(spaced_timesteps(T, 10, "ddim"))
     found = get_sampler("ddpm")(from_network(ours, double), x, steps, draws)
     noises = iter(draws.noises)
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_args, **_options: next(noises)
-    )
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_args, **_options: next(noises))
     for t in theirs.timesteps:
         output = _doubled(x, t[None]) if double else network(x, t[None])
         x = theirs.step(output, t, x).prev_sample

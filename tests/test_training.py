@@ -68,9 +68,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     cosine = OptimizerConfig(warmup_steps=10, schedule="cosine")
     factors = [learning_rate_factor(cosine, step, 110) for step in range(112)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert factors[10:] == pytest.approx(
-        [0.5 * (1 + math.cos(math.pi * min(i, 100) / 100)) for i in range(102)]
-    )
+    assert factors[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * min(i, 100) / 100)) for i in range(102)])
     constant = OptimizerConfig(warmup_steps=2)
     assert [learning_rate_factor(constant, step, 5) for step in range(5)] == [0.5, 1, 1, 1, 1]
 
@@ -78,13 +76,11 @@ def test_learning_rate_warms_up_and_decays() -> None:
 def test_batch_is_shared_out_evenly() -> None:
     config = TrainConfig(batch_size=24, accumulation=3)
     assert micro_batch_size(config, Distributed(1, 4, CPU)) == 2
-    with pytest.raises(
-        UsageError, match=r"batch_size 24 does not divide over 5 .* 3 .*; use a multiple of 15"
-    ):
+    with pytest.raises(UsageError, match=r"batch_size 24 does not divide over 5 .* 3 .*; use a multiple of 15"):
         micro_batch_size(config, Distributed(0, 5, CPU))
 
 
-def test_checkpoints_of_another_number_of_processes_are_refused(tmp_path: Path) -> None:
+def test_whole_checkpoints_are_found_in_order(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         (tmp_path / f"step-{step:08d}").mkdir()
     (tmp_path / ".tmp-step-00000011").mkdir()  # a kill while writing
@@ -93,11 +89,25 @@ def test_checkpoints_of_another_number_of_processes_are_refused(tmp_path: Path) 
         "step-00000009",
         "step-00000010",
     ]
+    assert load_checkpoint(tmp_path / "none", None, 0, Distributed(0, 1, CPU)) is None
+
+
+def test_checkpoints_of_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ZeRO the first process's part serves all, but for its random states; parts of ZeRO do not."""
+    loaded: list[Path] = []
+    monkeypatch.setattr("unclip.training.checkpoint.load_engine", lambda _engine, folder: loaded.append(folder))
+    folder = tmp_path / "step-00000010"
+    folder.mkdir()
+    randomness = {"generator": torch.ones(2), "torch_rng": torch.ones(2), "cuda_rng": torch.ones(2)}
     for rank in range(2):
-        (tmp_path / "step-00000010" / f"rank-{rank}.pt").touch()
-    with pytest.raises(UnclipError, match=r"step-00000010 was written by 2 processes .* by 3; start 2, or"):
-        load_checkpoint(tmp_path, None, Distributed(0, 3, CPU))
-    assert load_checkpoint(tmp_path / "none", None, Distributed(0, 1, CPU)) is None
+        torch.save({"step": 10, "rank": rank, **randomness}, folder / f"rank-{rank}.pt")
+    same = load_checkpoint(tmp_path, None, 2, Distributed(1, 2, CPU))
+    assert same is not None and same["rank"] == 1 and torch.equal(same["generator"], torch.ones(2))
+    moved = load_checkpoint(tmp_path, None, 0, Distributed(2, 3, CPU))
+    assert moved == {"step": 10, "rank": 0, **dict.fromkeys(randomness)}
+    assert loaded == [folder] * 2
+    with pytest.raises(UnclipError, match=r"step-00000010 was written by 2 .* ZeRO stage 1.* by 3; start 2, or"):
+        load_checkpoint(tmp_path, None, 1, Distributed(0, 3, CPU))
 
 
 def test_metrics_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
@@ -246,16 +256,12 @@ def test_data_that_cannot_be_used(
     ):
         code, text = refused(stage, recipe, capsys, f"data.source={tmp_path / name}")
         assert code == 1 and expected in text and str(tmp_path / name) in text, text
-    code, text = refused(
-        stage, recipe, capsys, f"data.source={tmp_path / 'uncaptioned'}", "data.caption_column=x"
-    )
+    code, text = refused(stage, recipe, capsys, f"data.source={tmp_path / 'uncaptioned'}", "data.caption_column=x")
     assert code == 1 and "has no column 'x' for the caption" in text
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
-def test_clip_that_cannot_be_loaded(
-    stage: str, recipe: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clip_that_cannot_be_loaded(stage: str, recipe: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(stage, recipe, capsys, "clip=nothing")[0] == 1
     code, text = refused(stage, recipe, capsys, "train.batch_size=5", "train.accumulation=2")
     assert code == 2 and "use a multiple of 2" in text

@@ -28,10 +28,8 @@ familiar=data.source=$DATA/emoji_1024
 stage train_clip.py --config configs/clip/emoji.yaml data.source="$DATA/emoji_256" train.run_dir="$RUNS/clip"
 stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$familiar" train.run_dir="$RUNS/prior"
 # The decoder in two phases: v-prediction first, then x_0 from its features with a fresh output layer.
-stage train_decoder.py --config configs/decoder/emoji_64.yaml clip="$clip" "$familiar" \
-    train.run_dir="$RUNS/decoder_v" train.steps=1200 init_from=null \
-    model.diffusion.prediction=v model.diffusion.vb_weight=0.001 \
-    train.optimizer.warmup_steps=200 train.optimizer.schedule=constant
+stage train_decoder.py --config configs/decoder/emoji_64_v.yaml clip="$clip" "$familiar" \
+    train.run_dir="$RUNS/decoder_v"
 stage train_decoder.py --config configs/decoder/emoji_64.yaml clip="$clip" "$familiar" \
     train.run_dir="$RUNS/decoder" init_from="$RUNS/decoder_v/model"
 for size in 64_to_256 256_to_1024; do

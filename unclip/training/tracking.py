@@ -56,7 +56,7 @@ class Tracker:
             return
         self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
     def _forget_after(self, step: int) -> None:
         """Steps after the checkpoint will be made again; a line cut by a kill goes too."""
