@@ -27,18 +27,21 @@ clip=$RUNS/clip/model
 familiar=data.source=$DATA/emoji_1024
 stage train_clip.py --config configs/clip/emoji.yaml data.source="$DATA/emoji_256" train.run_dir="$RUNS/clip"
 stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$familiar" train.run_dir="$RUNS/prior"
-# The decoder in two phases: v-prediction first, then x_0 from its features with a fresh output layer.
+# The decoder in three phases: v-prediction first, then x_0 from its features with a fresh output layer, then a last stretch
+# that looks mostly at the noisiest timesteps.
 stage train_decoder.py --config configs/decoder/emoji_64_v.yaml clip="$clip" "$familiar" \
     train.run_dir="$RUNS/decoder_v"
 stage train_decoder.py --config configs/decoder/emoji_64.yaml clip="$clip" "$familiar" \
     train.run_dir="$RUNS/decoder" init_from="$RUNS/decoder_v/model"
+stage train_decoder.py --config configs/decoder/emoji_64_last.yaml clip="$clip" "$familiar" \
+    train.run_dir="$RUNS/decoder_last" init_from="$RUNS/decoder/model"
 for size in 64_to_256 256_to_1024; do
     stage train_upsampler.py --config "configs/upsampler/emoji_$size.yaml" "$familiar" \
         train.run_dir="$RUNS/upsampler_${size#*_to_}"
 done
 
 unclip bundle --overwrite --out "$OUT" --name emoji --license Apache-2.0 --clip "$clip" \
-    --prior "$RUNS/prior/model" --decoder "$RUNS/decoder/model" \
+    --prior "$RUNS/prior/model" --decoder "$RUNS/decoder_last/model" \
     --upsampler-256 "$RUNS/upsampler_256/model" --upsampler-1024 "$RUNS/upsampler_1024/model" \
     --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md
 python examples/emoji/evaluate.py --data "$DATA/emoji_256" --model "$OUT" --names 0 --sheet "$RUNS/sheet.png"
