@@ -1,0 +1,52 @@
+"""A decoder run that starts from another decoder's weights (`init_from`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from decoder import Decoder, DecoderConfig
+from decoder.sampling import KIND
+from decoder.train import start_from
+from unclip.bundle import save_part
+from unclip.config import DiffusionConfig
+from unclip.errors import UnclipError
+from unclip.nn import UNetConfig
+
+
+def tiny(prediction: str, width: int = 8) -> DecoderConfig:
+    unet = UNetConfig(image_size=8, model_channels=width, channel_mult=(1,), num_res_blocks=1, head_channels=8)
+    diffusion = DiffusionConfig.model_validate({"prediction": prediction, "variance": "learned_range"})
+    return DecoderConfig(embedding_dim=4, token_dim=4, text_length=3, context_dim=8, unet=unet, diffusion=diffusion)
+
+
+def saved(config: DecoderConfig, folder: Path) -> dict[str, torch.Tensor]:
+    state = {name: torch.randn_like(value) for name, value in Decoder(config).state_dict().items()}
+    save_part(folder, KIND, config, state)
+    return state
+
+
+def test_the_same_prediction_takes_every_weight(tmp_path: Path) -> None:
+    state = saved(tiny("v"), tmp_path / "part")
+    network = Decoder(tiny("v"))
+    start_from(network, tmp_path / "part")
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+def test_another_prediction_starts_with_a_fresh_output_layer(tmp_path: Path) -> None:
+    state = saved(tiny("v"), tmp_path / "part")
+    network = Decoder(tiny("x_start"))
+    start_from(network, tmp_path / "part")
+    for name, value in network.state_dict().items():
+        if name.startswith("unet.conv_out."):
+            assert not value.any()
+        else:
+            assert torch.equal(value, state[name])
+
+
+def test_another_shape_is_refused(tmp_path: Path) -> None:
+    saved(tiny("v", width=16), tmp_path / "part")
+    with pytest.raises(UnclipError, match="do not fit"):
+        start_from(Decoder(tiny("v")), tmp_path / "part")
