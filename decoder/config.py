@@ -30,6 +30,9 @@ class DecoderConfig(Config):
         le=1,
         description="largest weight of noise mixed into the training embedding: a prior's small errors do no harm",
     )
+    embedding_noise_shape: Literal["isotropic", "data"] = Field(
+        "isotropic", description="noise in every direction alike, or along the differences between embeddings"
+    )
     drop_embedding: float = Field(0.1, ge=0, le=1, description="share of samples without image embedding (unCLIP §2.1)")
     drop_text: float = Field(0.5, ge=0, le=1, description="share of samples without caption (unCLIP §2.1)")
     unet: UNetConfig = UNetConfig()

@@ -32,7 +32,9 @@ def decoder_loss(
     output = network(
         x_t,
         t,
-        image_embedding=noised_embedding(image_embedding, config.embedding_noise, generator),
+        image_embedding=noised_embedding(
+            image_embedding, config.embedding_noise, generator, shape=config.embedding_noise_shape
+        ),
         text_tokens=text.tokens,
         text_mask=text.mask,
         drop_embedding=drop_embedding,
@@ -41,10 +43,22 @@ def decoder_loss(
     return process.losses(output, x_start, x_t, t, noise)
 
 
-def noised_embedding(embedding: Tensor, largest: float, generator: torch.Generator) -> Tensor:
-    """sqrt(1−w²)·z + w·ε̂ back on the unit sphere, w uniform in [0, largest], ε̂ a random direction; (B, E)."""
+def noised_embedding(
+    embedding: Tensor, largest: float, generator: torch.Generator, *, shape: str = "isotropic"
+) -> Tensor:
+    """sqrt(1−w²)·z + w·d back on the unit sphere, w uniform in [0, largest], d a random direction; (B, E).
+
+    `isotropic`: d is uniform on the sphere. `data`: d is the difference of two other embeddings of the batch, so that
+    the noise moves z the way embeddings differ, which is how a prior errs; a batch below three falls back to isotropic.
+    """
     if largest == 0:
         return embedding
-    w = largest * torch.rand(len(embedding), 1, generator=generator, device=embedding.device)
-    direction = F.normalize(torch.randn(embedding.shape, generator=generator, device=embedding.device), dim=1)
-    return F.normalize((1 - w**2).sqrt() * embedding + w * direction, dim=1)
+    count, device = len(embedding), embedding.device
+    w = largest * torch.rand(count, 1, generator=generator, device=device)
+    direction = torch.randn(embedding.shape, generator=generator, device=device)
+    if shape == "data" and count > 2:
+        # Neighbours in a shuffled ring: never the sample itself, and never twice the same.
+        order = torch.randperm(count, generator=generator, device=device)
+        others = embedding[order].roll(1, 0) - embedding[order].roll(-1, 0)
+        direction = torch.empty_like(others).index_copy(0, order, others)
+    return F.normalize((1 - w**2).sqrt() * embedding + w * F.normalize(direction, dim=1), dim=1)
