@@ -1,17 +1,38 @@
-"""Residual and attention blocks of the ADM U-Net."""
+"""Residual, resampling and attention blocks of the ADM U-Net."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or the most that divide a narrow layer."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+@dataclass(frozen=True)
+class BlockOptions:
+    """What all residual and attention blocks of one network share."""
+
+    scale_shift_norm: bool = True
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+
+
+_DEFAULT = BlockOptions()
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm whose statistics are float32 whatever the layer's precision; the output has the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def group_norm(channels: int, groups: int = 32, eps: float = 1e-5) -> nn.GroupNorm:
+    """GroupNorm with `groups` groups, or the most that divide both it and a narrow layer."""
+    return GroupNorm(math.gcd(groups, channels), channels, eps)
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -22,20 +43,29 @@ def zeroed(module: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block: scale-shift norm from the embedding; `resample` 'down' or 'up' halves or doubles the edge.
+    """ADM's residual block; `resample` 'down' or 'up' halves or doubles the edge.
 
+    With `scale_shift_norm` the embedding scales and shifts the second norm's output (ADM, §4.3: adaptive group
+    normalisation); without, it is added before that norm (DDPM; Karlo's super-resolution).
     The middle of an up or down block is resampled together with its skip path ("residual up/down-sampling").
     """
 
     def __init__(
-        self, channels: int, out_channels: int, embedding_dim: int, dropout: float = 0.0, resample: str | None = None
+        self,
+        channels: int,
+        out_channels: int,
+        embedding_dim: int,
+        dropout: float = 0.0,
+        resample: str | None = None,
+        options: BlockOptions | None = None,
     ) -> None:
         super().__init__()
-        self.resample = resample
-        self.norm_in = group_norm(channels)
+        options = options or _DEFAULT
+        self.resample, self.scale_shift_norm = resample, options.scale_shift_norm
+        self.norm_in = group_norm(channels, options.norm_groups, options.norm_eps)
         self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.embedding = nn.Linear(embedding_dim, 2 * out_channels)
-        self.norm_out = group_norm(out_channels)
+        self.embedding = nn.Linear(embedding_dim, (2 if self.scale_shift_norm else 1) * out_channels)
+        self.norm_out = group_norm(out_channels, options.norm_groups, options.norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -48,8 +78,12 @@ class ResBlock(nn.Module):
         if self.resample is not None:
             h, x = self._resample(h), self._resample(x)
         h = self.conv_in(h)
-        scale, shift = self.embedding(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
-        h = self.norm_out(h) * (1 + scale) + shift
+        emb = self.embedding(F.silu(emb))[:, :, None, None]
+        if self.scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.norm_out(h) * (1 + scale) + shift
+        else:
+            h = self.norm_out(h + emb)
         h = self.conv_out(self.dropout(F.silu(h)))
         return self.shortcut(x) + h  # type: ignore[no-any-return]
 
@@ -57,17 +91,37 @@ class ResBlock(nn.Module):
         return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
 
 
+class ConvResample(nn.Module):
+    """Plain resampling: a convolution of stride 2, or nearest-neighbour doubling and a convolution (DDPM, App. B)."""
+
+    def __init__(self, channels: int, resample: str) -> None:
+        super().__init__()
+        self.resample = resample
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if resample == "down" else 1, padding=1)
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W); the embedding plays no part. Takes a residual block's arguments to stand in its place."""
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        if self.resample == "up":
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over the feature map, with context tokens concatenated to keys and values (GLIDE, §2.1)."""
 
-    def __init__(self, channels: int, head_channels: int, context_dim: int | None) -> None:
+    def __init__(
+        self, channels: int, head_channels: int, context_dim: int | None, options: BlockOptions | None = None
+    ) -> None:
         super().__init__()
         if channels % head_channels:
             raise ValueError(
                 f"head_channels {head_channels} does not divide the {channels} channels of an attention layer"
             )
+        options = options or _DEFAULT
         self.heads = channels // head_channels
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, options.norm_groups, options.norm_eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.context_kv = nn.Linear(context_dim, 2 * channels) if context_dim else None
         self.out = zeroed(nn.Linear(channels, channels))

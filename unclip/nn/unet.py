@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unclip.config import Config
-from unclip.nn.blocks import AttentionBlock, ResBlock, group_norm, zeroed
+from unclip.nn.blocks import AttentionBlock, BlockOptions, ConvResample, ResBlock, group_norm, zeroed
 from unclip.nn.embeddings import timestep_embedding
 
 
@@ -24,10 +24,21 @@ class UNetConfig(Config):
 
     image_size: int = Field(64, ge=4, description="edge the network is trained at; fixes where attention sits")
     model_channels: int = Field(64, ge=8)
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mult: tuple[int | float, ...] = (1, 2, 3, 4)
     num_res_blocks: int | tuple[int, ...] = Field(2, description="residual blocks a level, or one number for each")
     attention_resolutions: tuple[int, ...] = Field((), description="feature map edges that get attention")
+    middle_attention: bool | None = Field(
+        None, description="attention between the two middle blocks; None: where attention_resolutions names their edge"
+    )
     head_channels: int = Field(64, ge=8)
+    scale_shift_norm: bool = Field(
+        True, description="the embedding scales and shifts each block's second norm (ADM); false: it is added before it"
+    )
+    resblock_updown: bool = Field(
+        True, description="residual blocks resample (ADM); false: a convolution alone does (DDPM)"
+    )
+    norm_groups: int = Field(32, ge=1, description="groups of every GroupNorm; a narrow layer takes a divisor of it")
+    norm_eps: float = Field(1e-5, gt=0)
     patch_size: int = Field(1, ge=1, description="pixels folded into channels by the stem, a side")
     dropout: float = Field(0.0, ge=0, lt=1)
     checkpoint_activations: bool = False
@@ -37,13 +48,24 @@ class UNetConfig(Config):
         levels, blocks = len(self.channel_mult), self.num_res_blocks
         if not isinstance(blocks, int) and len(blocks) != levels:
             raise ValueError(f"num_res_blocks names {len(blocks)} levels, channel_mult {levels}")
-        for level, mult in enumerate(self.channel_mult):
-            width, edge = self.model_channels * mult, self.image_size // self.patch_size // 2**level
-            if edge in self.attention_resolutions and width % self.head_channels:
+        for level, width in enumerate(self.widths):
+            if width < 1 or width != self.model_channels * self.channel_mult[level]:
+                raise ValueError(
+                    f"channel_mult {self.channel_mult[level]} times model_channels {self.model_channels} is no whole "
+                    "number of channels"
+                )
+            edge = self.image_size // self.patch_size // 2**level
+            middle = level == levels - 1 and self.middle_attention
+            if (edge in self.attention_resolutions or middle) and width % self.head_channels:
                 raise ValueError(
                     f"head_channels {self.head_channels} does not divide the {width} channels at edge {edge}"
                 )
         return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
 
 
 class UNet(nn.Module):
@@ -59,17 +81,24 @@ class UNet(nn.Module):
         if len(counts) != levels:
             raise ValueError(f"num_res_blocks names {len(counts)} levels, channel_mult {levels}")
         self.embedding_dim = 4 * config.model_channels
-        widths = [config.model_channels * mult for mult in config.channel_mult]
+        widths = config.widths
         top = config.image_size // config.patch_size
         self.bottom_size, self.bottom_channels = top // 2 ** (levels - 1), widths[-1]
 
-        def attention(level: int, width: int) -> AttentionBlock | None:
-            if top // 2**level not in config.attention_resolutions:
-                return None
-            return AttentionBlock(width, config.head_channels, context_dim)
+        options = BlockOptions(config.scale_shift_norm, config.norm_groups, config.norm_eps)
 
-        def block(width: int, out: int, resample: str | None = None) -> ResBlock:
-            return ResBlock(width, out, self.embedding_dim, config.dropout, resample)
+        def attention(level: int, width: int, wanted: bool | None = None) -> AttentionBlock | None:
+            if not (top // 2**level in config.attention_resolutions if wanted is None else wanted):
+                return None
+            return AttentionBlock(width, config.head_channels, context_dim, options)
+
+        def block(width: int, out: int) -> ResBlock:
+            return ResBlock(width, out, self.embedding_dim, config.dropout, None, options)
+
+        def resampler(width: int, direction: str) -> ResBlock | ConvResample:
+            if not config.resblock_updown:
+                return ConvResample(width, direction)
+            return ResBlock(width, width, self.embedding_dim, config.dropout, direction, options)
 
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, self.embedding_dim),
@@ -86,17 +115,18 @@ class UNet(nn.Module):
                 width = out
                 skips.append(width)
             if level < levels - 1:
-                self.down.append(_Stage(block(width, width, "down"), None))
+                self.down.append(_Stage(resampler(width, "down"), None))
                 skips.append(width)
-        self.middle = _Middle(block(width, width), attention(levels - 1, width), block(width, width))
+        middle = attention(levels - 1, width, config.middle_attention)
+        self.middle = _Middle(block(width, width), middle, block(width, width))
         self.up = nn.ModuleList()
         for level in reversed(range(levels)):
             out = widths[level]
             for index in range(counts[level] + 1):
-                resample = block(out, out, "up") if level > 0 and index == counts[level] else None
+                resample = resampler(out, "up") if level > 0 and index == counts[level] else None
                 self.up.append(_Stage(block(width + skips.pop(), out), attention(level, out), resample))
                 width = out
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(width, out_channels * config.patch_size**2, 3, padding=1))
 
     def forward(
@@ -111,10 +141,11 @@ class UNet(nn.Module):
         """`embedding` (B, 4·model_channels) is added to the timestep's; `context` (B, N, D), mask (B, N) True = seen;
         `bottom` (B, bottom_channels, h, w) is added to the lowest feature map before the middle block.
         """
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
+        dtype = self.conv_in.weight.dtype  # half precision only where the parameters are (DecoderStage.load)
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if embedding is not None:
             emb = emb + embedding
-        h = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))
+        h = self.conv_in(F.pixel_unshuffle(x.to(dtype), self.config.patch_size))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, None, emb, context, context_mask)
@@ -137,7 +168,12 @@ class UNet(nn.Module):
 class _Stage(nn.Module):
     """A residual block, then attention, then a resampling block, the last two where given."""
 
-    def __init__(self, res: ResBlock, attention: AttentionBlock | None, resample: ResBlock | None = None) -> None:
+    def __init__(
+        self,
+        res: ResBlock | ConvResample,
+        attention: AttentionBlock | None,
+        resample: ResBlock | ConvResample | None = None,
+    ) -> None:
         super().__init__()
         self.res, self.attention, self.resample = res, attention, resample
 
