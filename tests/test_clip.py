@@ -295,3 +295,16 @@ def test_loss_is_the_symmetric_cross_entropy() -> None:
     logits = 30 * image @ text.T
     expected = -(logits.log_softmax(0).diagonal().mean() + logits.log_softmax(1).diagonal().mean()) / 2
     assert clip_loss(image, text, torch.tensor(30.0)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_crowding_loss_counts_the_dimensions_in_use() -> None:
+    from unclip.training.clip import crowding_loss
+
+    eye = torch.eye(16)
+    spread = torch.cat([eye, -eye])  # covariance a multiple of the identity: all sixteen alike
+    torch.testing.assert_close(crowding_loss(spread), torch.tensor(0.0), atol=1e-6, rtol=0)
+    four = torch.cat([eye[:4], -eye[:4]])
+    torch.testing.assert_close(crowding_loss(four), torch.tensor(4.0).log())
+    torch.testing.assert_close(crowding_loss(torch.cat([eye[:1], -eye[:1]])), torch.tensor(16.0).log())
+    shifted = torch.nn.functional.normalize(four + 3 * eye[5], dim=1)  # a common component is no use of a dimension
+    torch.testing.assert_close(crowding_loss(shifted), torch.tensor(4.0).log())

@@ -67,6 +67,11 @@ class ClipRunConfig(Config):
     """A whole CLIP training run."""
 
     model: ClipConfig = ClipConfig()
+    spread_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a term beside open_clip's loss that keeps embeddings from crowding into few dimensions",
+    )
     data: DataConfig = DataConfig(augment=True)
     train: TrainConfig = TrainConfig()
 
@@ -88,9 +93,15 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
         image, text = output["image_features"].float(), output["text_features"].float()
         # CLIP bounds the scale at 100 (Radford et al. 2021, §2.5).
         loss = clip_loss(image, text, output["logit_scale"].clamp(max=100), distributed.rank, distributed.world_size)
+        crowding = (crowding_loss(image) + crowding_loss(text)) / 2
         similarity = image @ text.T
         accuracy = (similarity.argmax(1) == torch.arange(len(image), device=image.device)).float()
-        return {"loss": loss[None], "accuracy": accuracy}
+        return {
+            "loss": (loss + config.spread_weight * crowding)[None],
+            "contrastive": loss[None],
+            "crowding": crowding[None],
+            "accuracy": accuracy,
+        }
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
         # open_clip's loader is strict: no non-persistent buffers, and a logit scale without dimensions.
@@ -100,3 +111,16 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
 
     batches = open_batches(config.data, config.train, distributed)
     return fit(model, loss_fn, batches, config.train, run_config=config, export=export)
+
+
+def crowding_loss(embedding: Tensor) -> Tensor:
+    """Unit vectors (B, E) -> log(E·Σλ² / (Σλ)²) of their covariance's eigenvalues λ: 0 where all dimensions share
+    alike, log E where one holds everything.
+
+    (Σλ)²/Σλ² is the participation ratio, the number of dimensions in use. A small CLIP trained for a short time uses
+    few (the "dimensional collapse" of Jing et al. 2022, arXiv 2110.09348), its neighbours lie close, and a prior's
+    small error is then another picture. Penalising the covariance's squares follows VICReg (Bardes et al. 2022).
+    """
+    centred = embedding - embedding.mean(0)
+    covariance = centred.T @ centred / len(centred)
+    return (len(covariance) * covariance.square().sum() / covariance.trace().square().clamp_min(1e-12)).log()
