@@ -175,11 +175,11 @@ def _yaml_scalar(text: str) -> Any:
 
 def _explain(cls: type[BaseModel], problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    names, parents = _fields_at(cls, location[:-1])
+    key = ".".join([*parents, *location[-1:]])
     if problem["type"] == "extra_forbidden":
-        names = _fields_at(cls, location[:-1])
         close = difflib.get_close_matches(location[-1], names, n=1, cutoff=0.5)
-        prefix = ".".join(location[:-1])
+        prefix = ".".join(parents)
         nearest = (
             f"did you mean {'.'.join(filter(None, [prefix, close[0]]))!r}?" if close else f"known: {', '.join(names)}"
         )
@@ -188,23 +188,33 @@ def _explain(cls: type[BaseModel], problem: Any) -> str:
     return f"{key or 'configuration'}: {message[0].lower() + message[1:]} (got {_short(problem.get('input'))})"
 
 
-def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the model found by walking `path` through nested models."""
-    model: Any = cls
+def _fields_at(cls: type[BaseModel], path: list[str]) -> tuple[list[str], list[str]]:
+    """The fields of the model found by walking `path` through nested models, and the path without tags of unions."""
+    models: list[type[BaseModel]] = [cls]
+    shown = []
     for name in path:
-        field = model.model_fields.get(name) if _is_model(model) else None
-        if field is None:
-            continue  # a list index or the tag of a union
-        model = _model_of(field.annotation) or model
-    return sorted(model.model_fields) if _is_model(model) else []
+        fields = [model.model_fields[name] for model in models if name in model.model_fields]
+        if fields:
+            models = _models_of(fields[0].annotation)
+            shown.append(name)
+        elif len(models) > 1:  # the tag of a union, which the user has written as `kind`
+            models = [model for model in models if _kind_of(model) == name] or models
+        else:
+            shown.append(name)  # an index
+    return sorted({name for model in models for name in model.model_fields}), shown
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
+def _kind_of(model: type[BaseModel]) -> Any:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
+
+
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation admits, in the order they are written."""
     if _is_model(annotation):
-        return annotation  # type: ignore[no-any-return]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list):
-        return next((m for a in typing.get_args(annotation) if (m := _model_of(a))), None)
-    return None
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple, list, typing.Annotated):
+        return [model for argument in typing.get_args(annotation) for model in _models_of(argument)]
+    return []
 
 
 def _is_model(annotation: Any) -> bool:
