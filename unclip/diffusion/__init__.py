@@ -1,14 +1,30 @@
 """The diffusion process, its samplers and guidance. Nothing here knows a network's architecture."""
 
 from unclip.diffusion.augment import noise_augment, sample_levels
-from unclip.diffusion.clipping import Clip, dynamic_threshold, static_clip
+from unclip.diffusion.clipping import Clip, clip_from, dynamic_threshold, static_clip
 from unclip.diffusion.guidance import Condition, Denoiser, make_denoiser
+from unclip.diffusion.losses import BoundTerms, negative_log_likelihood
 from unclip.diffusion.process import GaussianDiffusion, Prediction, Step
-from unclip.diffusion.samplers import SAMPLERS, SeededNoise, ddim, ddpm, dpmpp_2m, get_sampler
-from unclip.diffusion.schedule import betas, spaced_timesteps
+from unclip.diffusion.samplers import (
+    SAMPLERS,
+    SeededNoise,
+    analytic,
+    ddim,
+    ddim_inversion,
+    ddpm,
+    dpmpp_2m,
+    get_sampler,
+    plms,
+    pndm,
+    unipc,
+)
+from unclip.diffusion.schedule import betas, zero_terminal_snr
+from unclip.diffusion.timesteps import spaced_timesteps, timesteps_from
+from unclip.diffusion.variance import measure_epsilon_statistics, pixel_noise_limit
 
 __all__ = [
     "SAMPLERS",
+    "BoundTerms",
     "Clip",
     "Condition",
     "Denoiser",
@@ -16,15 +32,26 @@ __all__ = [
     "Prediction",
     "SeededNoise",
     "Step",
+    "analytic",
     "betas",
+    "clip_from",
     "ddim",
+    "ddim_inversion",
     "ddpm",
     "dpmpp_2m",
     "dynamic_threshold",
     "get_sampler",
     "make_denoiser",
+    "measure_epsilon_statistics",
+    "negative_log_likelihood",
     "noise_augment",
+    "pixel_noise_limit",
+    "plms",
+    "pndm",
     "sample_levels",
     "spaced_timesteps",
     "static_clip",
+    "timesteps_from",
+    "unipc",
+    "zero_terminal_snr",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from unclip.config import XStartClipConfig
+
 Clip = Callable[[Tensor], Tensor]
 
 
@@ -25,3 +27,12 @@ def dynamic_threshold(percentile: float = 0.995) -> Clip:
         return x_start.clamp(-s, s) / s
 
     return clip
+
+
+def clip_from(config: XStartClipConfig | None, default: Clip | None = None) -> Clip | None:
+    """What a configuration says is done to x̂_0; `default`, the stage's own treatment, where it says nothing."""
+    if config is None:
+        return default
+    if config.kind == "none":
+        return None
+    return static_clip(config.limit) if config.kind == "static" else dynamic_threshold(config.percentile)
