@@ -1,4 +1,6 @@
-"""Train a diffusion prior: deepspeed train_prior.py --config configs/prior/emoji.yaml [key=value …]"""
+"""Train a prior, diffusion or autoregressive:
+deepspeed train_prior.py --config configs/prior/emoji.yaml [key=value …]
+"""
 
 from prior.config import PriorRunConfig
 from unclip.training import main_for

@@ -1,8 +1,30 @@
-"""The diffusion prior: caption -> CLIP image embedding."""
+"""The priors: caption -> CLIP image embedding, by diffusion or autoregressively."""
 
-from prior.config import PriorConfig, PriorRunConfig
+from prior.autoregressive import AutoregressivePrior
+from prior.config import AutoregressivePriorConfig, PriorConfig, PriorRunConfig
 from prior.network import Prior
-from prior.objective import prior_loss
-from prior.sampling import PriorStage
+from prior.objective import autoregressive_loss, prior_loss
+from prior.sampling import (
+    AutoregressivePriorStage,
+    DiffusionPriorStage,
+    PriorStage,
+    build_network,
+    build_stage,
+    read_prior_config,
+)
 
-__all__ = ["Prior", "PriorConfig", "PriorRunConfig", "PriorStage", "prior_loss"]
+__all__ = [
+    "AutoregressivePrior",
+    "AutoregressivePriorConfig",
+    "AutoregressivePriorStage",
+    "DiffusionPriorStage",
+    "Prior",
+    "PriorConfig",
+    "PriorRunConfig",
+    "PriorStage",
+    "autoregressive_loss",
+    "build_network",
+    "build_stage",
+    "prior_loss",
+    "read_prior_config",
+]

@@ -1,4 +1,4 @@
-"""Wiring of a prior training run."""
+"""Wiring of a prior training run, diffusion or autoregressive."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prior.config import PriorConfig, PriorRunConfig
+from prior.autoregressive import AutoregressivePrior
+from prior.config import AutoregressivePriorConfig, PriorConfig, PriorRunConfig
 from prior.network import Prior
-from prior.objective import prior_loss
-from prior.sampling import KIND
+from prior.objective import autoregressive_loss, prior_loss
+from prior.sampling import KIND, build_network
+from prior.statistics import mean_and_deviation, measure_embeddings, settle, store_codes
 from unclip.bundle import save_part
 from unclip.clip import FrozenCLIP
 from unclip.config import parse_config
-from unclip.data import build_batches
 from unclip.diffusion import GaussianDiffusion
 from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
 
@@ -23,22 +24,23 @@ from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
 def run(config: PriorRunConfig, distributed: Distributed) -> Path:
     """Train a prior on the captions and images of `config.data`, embedded by the frozen CLIP."""
     clip = FrozenCLIP.load(config.clip, device=distributed.device)
-    memo = EmbeddingMemo(clip, config.clip_cache)
+    memo = EmbeddingMemo(clip, config.clip_cache, unit_length=config.model.embedding_length == "unit")
     shape = {"embedding_dim": clip.embedding_dim, "token_dim": clip.token_dim, "text_length": clip.context_length}
-    model = parse_config(PriorConfig, {**config.model.model_dump(), **shape})
+    config = config.model_copy(
+        update={"model": parse_config(type(config.model), {**config.model.model_dump(), **shape})}
+    )
+    network = prepare(config, memo)
+    model = network.config
     config = config.model_copy(update={"model": model})
-    torch.manual_seed(config.train.seed)
-    network = Prior(model)
-    if model.normalisation == "standardise":
-        mean, std = measure_statistics(config, memo)
-        network.mean.copy_(mean)  # type: ignore[operator]
-        network.std.copy_(std)  # type: ignore[operator]
-    process = GaussianDiffusion(model.diffusion)
+    process = None if isinstance(model, AutoregressivePriorConfig) else GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         embedding, text = memo.encode_image(batch["image"]), memo.encode_text(batch["caption"])
-        return prior_loss(engine, network, process, model, embedding, text, generator)
+        if isinstance(network, AutoregressivePrior):
+            return autoregressive_loss(engine, network, network.config, embedding, text, generator)
+        assert process is not None
+        return prior_loss(engine, network, process, network.config, embedding, text, generator)
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
         save_part(folder, KIND, model, state)
@@ -46,19 +48,23 @@ def run(config: PriorRunConfig, distributed: Distributed) -> Path:
     return fit(network, loss_fn, batches, config.train, run_config=config, export=export)
 
 
-def measure_statistics(config: PriorRunConfig, memo: EmbeddingMemo) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation a dimension of the data's image embeddings, (E,) each.
-
-    Every process reads the same first batches, so that all arrive at the same numbers, also when a run is continued.
-    """
-    batches = build_batches(config.data, batch_size=64, seed=config.train.seed)
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
-    for _ in range(config.statistics_batches):
-        embedding = memo.encode_image(next(batches)["image"].to(memo.clip.device)).double()
-        count += len(embedding)
-        total, squares = total + embedding.sum(0), squares + (embedding**2).sum(0)
-    mean = total / count
-    variance = (squares / count - mean**2).clamp_min(1e-12)
-    # A dimension that hardly moves must not be blown up to unit variance: its noise would be amplified with it.
-    std = variance.sqrt().clamp_min(0.1 * variance.mean().sqrt())
-    return mean.float(), std.float()
+def prepare(config: PriorRunConfig, memo: EmbeddingMemo) -> Prior | AutoregressivePrior:
+    """A network with fresh weights that holds the statistics of the data's embeddings, and the CLIP's null text if it
+    uses that."""
+    model: PriorConfig | AutoregressivePriorConfig = config.model
+    measured = None
+    if isinstance(model, AutoregressivePriorConfig) or model.normalisation == "standardise":
+        measured = measure_embeddings(config, memo)
+        model, codes = settle(model, measured[0])
+    torch.manual_seed(config.train.seed)
+    network = build_network(model)
+    if isinstance(network, AutoregressivePrior):
+        assert measured is not None and codes is not None
+        store_codes(network, codes, measured[1])
+    elif measured is not None:
+        mean, std = mean_and_deviation(measured[0])
+        network.mean.copy_(mean)  # type: ignore[operator]
+        network.std.copy_(std)  # type: ignore[operator]
+    if model.null_text == "clip":
+        network.store_null(memo.encode_text([""]), model.embedding_length)
+    return network

@@ -175,7 +175,7 @@ def test_memo_gives_the_clips_answers_and_asks_once(clip: FrozenCLIP, monkeypatc
     expected_text, expected = clip.encode_text(captions), clip.encode_image(images)
     asked: list[int] = []
     encode_image, encode_text = clip.encode_image, clip.encode_text
-    monkeypatch.setattr(clip, "encode_image", lambda x: (asked.append(len(x)), encode_image(x))[1])
+    monkeypatch.setattr(clip, "encode_image", lambda x, **how: (asked.append(len(x)), encode_image(x, **how))[1])
     monkeypatch.setattr(clip, "encode_text", lambda x: (asked.append(len(x)), encode_text(x))[1])
     for _ in range(2):
         assert torch.allclose(memo.encode_image(images), expected, atol=1e-6)
@@ -189,6 +189,22 @@ def test_memo_gives_the_clips_answers_and_asks_once(clip: FrozenCLIP, monkeypatc
     for _ in range(2):  # a full memory forgets and goes on
         many = pictures(40).roll(1, dims=0)
         assert torch.allclose(EmbeddingMemo(clip, 5).encode_image(many), encode_image(many), atol=1e-5)
+
+
+def test_raw_embeddings_have_the_clips_own_length(clip: FrozenCLIP) -> None:
+    """For systems that do not normalise, as Karlo: the same directions; a text embedding's length stands beside it."""
+    images, captions = pictures(3), ["a star", "two rings"]
+    raw = clip.encode_image(images, unit_length=False)
+    assert torch.equal(torch.nn.functional.normalize(raw, dim=1), clip.encode_image(images))
+    assert not torch.allclose(raw.norm(dim=1), torch.ones(3), atol=1e-2)
+    assert torch.equal(EmbeddingMemo(clip, 5, unit_length=False).encode_image(images), raw)
+    text = clip.encode_text(captions)
+    ids, _ = clip.token_ids(captions)
+    assert text.norm is not None
+    assert torch.allclose(text.embedding * text.norm[:, None], clip.model.encode_text(ids), atol=1e-5)
+    remembered = EmbeddingMemo(clip, 5).encode_text(captions)
+    assert remembered.norm is not None and torch.allclose(remembered.norm, text.norm, atol=1e-5)
+    assert torch.equal(text[1:].norm, text.norm[1:])  # type: ignore[arg-type]
 
 
 # ---- loading -----------------------------------------------------------------------------------------------

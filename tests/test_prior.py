@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prior import Prior, PriorConfig, PriorStage, prior_loss
+from prior import DiffusionPriorStage, Prior, PriorConfig, PriorStage, prior_loss
 from prior.sampling import KIND, best_of
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
@@ -215,7 +215,7 @@ def test_statistics_travel_with_the_weights_and_are_used(tmp_path: Path) -> None
     assert stage.config == prior.config
     assert torch.equal(stage.network.mean, mean) and torch.equal(stage.network.std, std)
     features = text(2)
-    expected = PriorStage(prior, prior.config).sample(features, [1, 2])
+    expected = DiffusionPriorStage(prior, prior.config).sample(features, [1, 2])
     assert torch.equal(stage.sample(features, [1, 2]), expected)
     stage.network.mean.zero_()  # type: ignore[operator]
     assert not torch.allclose(stage.sample(features, [1, 2]), expected, atol=1e-3)
@@ -237,7 +237,7 @@ def test_best_of_keeps_the_larger_dot_product() -> None:
 
 
 def test_two_candidates_are_drawn_and_the_nearer_kept() -> None:
-    stage, features = PriorStage(network(), config()), text(6)
+    stage, features = DiffusionPriorStage(network(), config()), text(6)
     seeds = list(range(6))
     one = stage.sample(features, seeds, candidates=1)
     two = stage.sample(features, seeds, candidates=2)
@@ -250,7 +250,7 @@ def test_two_candidates_are_drawn_and_the_nearer_kept() -> None:
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp_2m"])
 def test_a_seed_gives_the_same_embedding_in_any_batch(sampler: str) -> None:
-    stage, features = PriorStage(network(), config(sampler=sampler)), text(4)
+    stage, features = DiffusionPriorStage(network(), config(sampler=sampler)), text(4)
     together = stage.sample(features, [5, 6, 7, 5], guidance=2.0)
     for index, seed in enumerate([5, 6, 7, 5]):
         alone = stage.sample(features[index : index + 1], [seed], guidance=2.0)
@@ -259,7 +259,7 @@ def test_a_seed_gives_the_same_embedding_in_any_batch(sampler: str) -> None:
 
 
 def test_guidance_moves_away_from_the_captionless_answer() -> None:
-    stage, features = PriorStage(network(), config(candidates=1)), text(3)
+    stage, features = DiffusionPriorStage(network(), config(candidates=1)), text(3)
     plain, guided = (stage.sample(features, [1, 2, 3], guidance=scale) for scale in (1.0, 4.0))
     assert not torch.allclose(plain, guided, atol=1e-3)
     # At scale 0 only the choice among candidates knows the caption.
@@ -272,11 +272,11 @@ def test_guidance_moves_away_from_the_captionless_answer() -> None:
 @pytest.mark.parametrize("options, message", [({"steps": 0}, "0 sampling steps"), ({"candidates": 0}, "candidates")])
 def test_zero_is_refused_and_not_read_as_the_default(options: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        PriorStage(network(), config()).sample(text(1), [0], **options)
+        DiffusionPriorStage(network(), config()).sample(text(1), [0], **options)
 
 
 def test_features_of_another_clip_are_refused() -> None:
-    stage, features = PriorStage(network(), config()), text(2)
+    stage, features = DiffusionPriorStage(network(), config()), text(2)
     other = TextFeatures(rand(2, LENGTH, TOKEN + 1), features.mask, features.embedding)
     with pytest.raises(UnclipError, match=r"\(2, 6, 11\).*\(2, 6, 10\)"):
         stage.sample(other, [0, 1])
@@ -314,6 +314,6 @@ def test_a_few_pairs_are_learned() -> None:
         optimizer.zero_grad()
         losses["loss"].mean().backward()
         optimizer.step()
-    drawn = PriorStage(prior, prior.config).sample(features, range(6), steps=10)
+    drawn = DiffusionPriorStage(prior, prior.config).sample(features, range(6), steps=10)
     cosine = F.cosine_similarity(drawn, truth)
     assert float(cosine.min()) > 0.95, cosine

@@ -23,20 +23,25 @@ CONFIG_FILE = "open_clip_config.json"
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What the stages take from a caption: `tokens` (B, L, D), `mask` (B, L) True = real token, `embedding` (B, E)."""
+    """What the stages take from a caption: `tokens` (B, L, D), `mask` (B, L) True = real token, `embedding` (B, E) of
+    unit length, and in `norm` (B,) the length that the CLIP gave it.
+    """
 
     tokens: Tensor
     mask: Tensor
     embedding: Tensor
+    norm: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.embedding)
 
     def __getitem__(self, index: Any) -> TextFeatures:
-        return TextFeatures(self.tokens[index], self.mask[index], self.embedding[index])
+        norm = None if self.norm is None else self.norm[index]
+        return TextFeatures(self.tokens[index], self.mask[index], self.embedding[index], norm)
 
     def to(self, device: torch.device | str) -> TextFeatures:
-        return TextFeatures(self.tokens.to(device), self.mask.to(device), self.embedding.to(device))
+        norm = None if self.norm is None else self.norm.to(device)
+        return TextFeatures(self.tokens.to(device), self.mask.to(device), self.embedding.to(device), norm)
 
 
 class FrozenCLIP(nn.Module):
@@ -62,7 +67,7 @@ class FrozenCLIP(nn.Module):
         std = preprocess.get("std") or open_clip.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        tower = model.text if hasattr(model, "text") else model
+        tower: Any = model.text if hasattr(model, "text") else model
         if not hasattr(tower, "ln_final"):
             raise UnclipError(
                 f"the text tower of {source} gives no token features; use a CLIP with open_clip's own text tower"
@@ -71,6 +76,7 @@ class FrozenCLIP(nn.Module):
         self._final_norm = norm
         self.context_length = int(getattr(tower, "context_length", 77))
         self.token_dim = int(norm.weight.shape[0])
+        self.vocab_size = int(tower.token_embedding.num_embeddings)
         with torch.no_grad():
             self.embedding_dim = int(self.model.encode_text(self._tokenize([""])[0]).shape[-1])  # type: ignore[operator]
 
@@ -139,38 +145,51 @@ class FrozenCLIP(nn.Module):
         finally:
             handle.remove()
         tokens = caught[-1].float()
-        return TextFeatures(tokens * mask[..., None], mask, F.normalize(embedding.float(), dim=-1))
+        embedding = embedding.float()
+        return TextFeatures(tokens * mask[..., None], mask, F.normalize(embedding, dim=-1), embedding.norm(dim=-1))
+
+    def token_ids(self, captions: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Captions -> ids (B, L) int64 and mask (B, L), True from start to end token, for a text encoder that is
+        trained on this CLIP's vocabulary (`vocab_size`). `length` is the CLIP's context length by default.
+
+        A caption longer than that is cut, with a warning that quotes the words dropped.
+        """
+        ids, mask = self._tokenize(captions, length)
+        return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], any size -> unit-length embeddings (B, E), float32."""
+    def encode_image(self, images: Tensor, *, unit_length: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], any size -> embeddings (B, E), float32, of unit length or the CLIP's own."""
         size = (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
         pixels = ((images + 1) / 2 - self.mean) / self.std
-        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
+        embedding: Tensor = self.model.encode_image(pixels).float()  # type: ignore[operator]
+        return F.normalize(embedding, dim=-1) if unit_length else embedding
 
-    def _tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _tokenize(self, captions: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
         """-> ids (B, L), mask (B, L): start to end token, padding left out."""
-        ids: Tensor = self.tokenizer(list(captions), context_length=self.context_length)
+        length = length or self.context_length
+        ids: Tensor = self.tokenizer(list(captions), context_length=length)
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is None:  # a Hugging Face tokenizer
             pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", 0) or 0
             return ids, ids != pad
         last = (ids == end).int().argmax(dim=1, keepdim=True)
         for caption, row in zip(captions, ids, strict=True):
-            self._warn_if_cut(caption, row)
+            self._warn_if_cut(caption, row, length)
         return ids, torch.arange(ids.shape[1]) <= last
 
-    def _warn_if_cut(self, caption: str, row: Tensor) -> None:
+    def _warn_if_cut(self, caption: str, row: Tensor, length: int) -> None:
         if row[-1] == 0:  # there was room left
             return
         whole = self.tokenizer.encode(caption)
-        room = self.context_length - 2
+        room = length - 2
         if len(whole) > room:
             dropped = self.tokenizer.decode(whole[room:]).strip()
+            whose = "CLIP's" if length == self.context_length else "the text encoder's"
             warnings.warn(
-                f"the prompt is longer than CLIP's {self.context_length} tokens and was cut; dropped: {dropped!r}",
+                f"the prompt is longer than {whose} {length} tokens and was cut; dropped: {dropped!r}",
                 stacklevel=3,
             )
 

@@ -73,17 +73,15 @@ def _describe_part(part: str, folder: Path) -> dict[str, Any]:
 def _defaults(part: str, folder: Path) -> dict[str, Any]:
     """How the part samples unless told otherwise."""
     from decoder import DecoderConfig
-    from prior import PriorConfig
+    from prior import AutoregressivePriorConfig, read_prior_config
     from upsamplers import UpsamplerConfig
 
     if part == "prior":
-        prior = read_config(folder, "prior", PriorConfig)
-        return {
-            "steps": prior.steps,
-            "guidance": prior.guidance,
-            "sampler": prior.sampler,
-            "candidates": prior.candidates,
-        }
+        prior = read_prior_config(folder)
+        shared = {"guidance": prior.guidance, "candidates": prior.candidates}
+        if isinstance(prior, AutoregressivePriorConfig):
+            return {"kind": prior.kind, "components": prior.components, **shared}
+        return {"steps": prior.steps, "sampler": prior.sampler, **shared}
     if part == "decoder":
         decoder = read_config(folder, "decoder", DecoderConfig)
         return {"steps": decoder.steps, "guidance": decoder.guidance, "sampler": decoder.sampler}

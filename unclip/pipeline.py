@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP, TextFeatures
-from unclip.diffusion import get_sampler, spaced_timesteps
+from unclip.diffusion import get_sampler, timesteps_from
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import (
     SampleOptions,
@@ -305,9 +305,9 @@ class UnCLIP:
         if options.sampler is not None:
             get_sampler(options.sampler)
         if options.prior_steps is not None and self.prior is not None:
-            spaced_timesteps(self.prior.process.timesteps, options.prior_steps)
+            self.prior.check_options(steps=options.prior_steps)
         if options.decoder_steps is not None:
-            spaced_timesteps(self.decoder.process.timesteps, options.decoder_steps)
+            timesteps_from(options.decoder_steps, self.decoder.process.timesteps)
         for stage in self.upsamplers:
             stage.timesteps(options.upsampler_steps)
         return options

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from unclip.config import Config, TrainConfig
@@ -139,7 +140,7 @@ def _open_run(run_dir: Path, run_config: Config, distributed: Distributed) -> No
         run_dir.mkdir(parents=True, exist_ok=True)
         if file.exists() and (run_dir / "checkpoints").exists():
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if isinstance(before, dict) and before.get("model") != body.get("model"):
+            if isinstance(before, dict) and _model_of(before, run_config) != body.get("model"):
                 raise UnclipError(f"{run_dir} holds a run of another model (see {file}); choose another train.run_dir")
         if distributed.is_main:
             temporary = run_dir / ".tmp-config.yaml"
@@ -147,6 +148,14 @@ def _open_run(run_dir: Path, run_config: Config, distributed: Distributed) -> No
             temporary.replace(file)
     except OSError as error:
         raise UnclipError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
+
+
+def _model_of(before: dict[str, Any], run_config: Config) -> Any:
+    """The model of a recorded configuration, with today's defaults where it is older than an option."""
+    try:
+        return type(run_config).model_validate(before).model_dump(mode="json").get("model")
+    except ValidationError:
+        return before.get("model")
 
 
 def _resume(

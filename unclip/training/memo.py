@@ -15,21 +15,21 @@ class EmbeddingMemo:
     """`encode_text` and `encode_image` of a FrozenCLIP, remembering up to `size` answers of each kind.
 
     Keyed by the caption and by the picture's bytes, so that it is right for augmented pictures too (and useless for
-    them).
+    them). Image embeddings have unit length, or the CLIP's own.
     """
 
-    def __init__(self, clip: FrozenCLIP, size: int) -> None:
-        self.clip, self.size = clip, size
+    def __init__(self, clip: FrozenCLIP, size: int, *, unit_length: bool = True) -> None:
+        self.clip, self.size, self.unit_length = clip, size, unit_length
         self._images: dict[bytes, Tensor] = {}
-        self._texts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._texts: dict[str, TextFeatures] = {}
 
     def encode_image(self, images: Tensor) -> Tensor:
         if not self.size:
-            return self.clip.encode_image(images)
+            return self.clip.encode_image(images, unit_length=self.unit_length)
         keys = [image.cpu().numpy().tobytes() for image in images]
 
         def compute(new: list[int]) -> list[Tensor]:
-            return list(self.clip.encode_image(images[new]))
+            return list(self.clip.encode_image(images[new], unit_length=self.unit_length))
 
         return torch.stack(self._recall(self._images, keys, compute))
 
@@ -37,13 +37,18 @@ class EmbeddingMemo:
         if not self.size:
             return self.clip.encode_text(captions)
 
-        def compute(new: list[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        def compute(new: list[int]) -> list[TextFeatures]:
             features = self.clip.encode_text([captions[i] for i in new])
-            return list(zip(features.tokens, features.mask, features.embedding, strict=True))
+            return [features[i] for i in range(len(features))]
 
         rows = self._recall(self._texts, list(captions), compute)
-        tokens, mask, embedding = (torch.stack(part) for part in zip(*rows, strict=True))
-        return TextFeatures(tokens, mask, embedding)
+        norms = [row.norm for row in rows if row.norm is not None]
+        return TextFeatures(
+            torch.stack([row.tokens for row in rows]),
+            torch.stack([row.mask for row in rows]),
+            torch.stack([row.embedding for row in rows]),
+            torch.stack(norms) if len(norms) == len(rows) else None,
+        )
 
     def _recall(self, memory: dict[Any, Any], keys: list[Any], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
         first = {key: index for index, key in reversed(list(enumerate(keys)))}

@@ -1,0 +1,133 @@
+"""What the two priors share: the Transformer, and the caption as its prefix with a null to put in its place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from x_transformers import Decoder as CausalTransformer
+from x_transformers import Encoder as BidirectionalTransformer
+from x_transformers.x_transformers import Attention
+from x_transformers.x_transformers import LayerNorm as BiaslessLayerNorm
+
+from prior.config import SharedConfig, TextEncoderConfig
+from unclip.clip import TextFeatures
+from unclip.errors import UnclipError
+
+
+def causal_transformer(config: SharedConfig) -> nn.Module:
+    """x-transformers' causal pre-norm Transformer with exact GELU, (B, N, W) -> (B, N, W)."""
+    transformer = CausalTransformer(
+        dim=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        attn_dim_head=config.width // config.heads,
+        attn_dropout=config.dropout,
+        ff_dropout=config.dropout,
+        attn_flash=True,
+    )
+    if config.attention_bias:
+        _add_attention_biases(transformer)
+    if config.norm_bias:
+        _add_norm_biases(transformer)
+    return transformer
+
+
+class TextEncoder(nn.Module):
+    """A bidirectional Transformer over the CLIP's token features: tokens (B, L, D), mask (B, L) -> (B, L, width)."""
+
+    def __init__(self, config: TextEncoderConfig, token_dim: int, length: int) -> None:
+        super().__init__()
+        self.token_in = nn.Linear(token_dim, config.width)
+        self.positions = nn.Parameter(torch.randn(length, config.width) * 0.02)
+        self.transformer = BidirectionalTransformer(
+            dim=config.width,
+            depth=config.depth,
+            heads=config.heads,
+            attn_dim_head=config.width // config.heads,
+            attn_dropout=config.dropout,
+            ff_dropout=config.dropout,
+            attn_flash=True,
+        )
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return self.transformer(self.token_in(tokens) + self.positions, self_attn_kv_mask=mask)  # type: ignore[no-any-return]
+
+
+class TextConditioned(nn.Module):
+    """The part of a prior that reads the caption. `drop_text` puts the null in its place for some samples."""
+
+    def __init__(self, config: SharedConfig) -> None:
+        super().__init__()
+        self.width, self.length = config.width, config.text_length
+        self.text_scale = config.text_scale or (config.embedding_dim**0.5 if config.embedding_length == "unit" else 1.0)
+        own = config.text_encoder
+        self.text_encoder = None if own is None else TextEncoder(own, config.token_dim, config.text_length)
+        self.token_in = nn.Linear(config.token_dim if own is None else own.width, config.width)
+        self.text_in = nn.Linear(config.embedding_dim, config.width)
+        self.learned_null = config.null_text == "learned"
+        if self.learned_null:
+            self.null_tokens = nn.Parameter(torch.randn(config.text_length, config.width) * 0.02)
+            self.null_text = nn.Parameter(torch.randn(config.width) * 0.02)
+        else:
+            self.register_buffer("clip_null_tokens", torch.zeros(config.text_length, config.token_dim))
+            self.register_buffer("clip_null_mask", torch.zeros(config.text_length, dtype=torch.bool))
+            self.register_buffer("clip_null_embedding", torch.zeros(config.embedding_dim))
+
+    def store_null(self, features: TextFeatures, length: str) -> None:
+        """Keep the CLIP's features of the empty text, a batch of one, as the null of `null_text: clip`."""
+        self.clip_null_tokens.copy_(features.tokens[0])  # type: ignore[operator]
+        self.clip_null_mask.copy_(features.mask[0])  # type: ignore[operator]
+        self.clip_null_embedding.copy_(text_embedding(features, length)[0])  # type: ignore[operator]
+
+    @property
+    def has_null(self) -> bool:
+        """False where the CLIP's features of the empty text ought to be stored and are not."""
+        return self.learned_null or bool(self.clip_null_mask.any())  # type: ignore[operator]
+
+    def encode_text(
+        self, text_embedding: Tensor, text_tokens: Tensor, text_mask: Tensor, drop_text: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """text_embedding (B, E), text_tokens (B, L, D), text_mask (B, L) bool, drop_text (B,) bool
+        -> tokens (B, L, W), embedding (B, W), mask (B, L) True = may be attended to.
+        """
+        if not self.learned_null:
+            text_tokens = torch.where(drop_text[:, None, None], self.clip_null_tokens, text_tokens)
+            text_mask = torch.where(drop_text[:, None], self.clip_null_mask, text_mask)
+            text_embedding = torch.where(drop_text[:, None], self.clip_null_embedding, text_embedding)
+        if self.text_encoder is not None:
+            text_tokens = self.text_encoder(text_tokens, text_mask)
+        tokens = self.token_in(text_tokens)
+        text = self.text_in(text_embedding * self.text_scale)
+        if self.learned_null:
+            tokens = torch.where(drop_text[:, None, None], self.null_tokens.to(tokens.dtype), tokens)
+            text = torch.where(drop_text[:, None], self.null_text.to(text.dtype), text)
+            text_mask = text_mask | drop_text[:, None]
+        return tokens, text, text_mask
+
+
+def text_embedding(text: TextFeatures, length: str) -> Tensor:
+    """The text embeddings (B, E) of unit length, or of the CLIP's own ('raw')."""
+    if length == "unit":
+        return text.embedding
+    if text.norm is None:
+        raise UnclipError(
+            "this prior takes text embeddings of raw length, and these features tell none; make them with "
+            "FrozenCLIP.encode_text, or give TextFeatures their `norm`"
+        )
+    return text.embedding * text.norm[:, None]
+
+
+def _add_attention_biases(transformer: nn.Module) -> None:
+    """x-transformers' attention projects without biases; the places of the projections are its own names."""
+    for attention in [module for module in transformer.modules() if isinstance(module, Attention)]:
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            plain = getattr(attention, name)
+            setattr(attention, name, nn.Linear(plain.in_features, plain.out_features))
+
+
+def _add_norm_biases(transformer: nn.Module) -> None:
+    """x-transformers' LayerNorm has no bias; torch's has."""
+    for module in list(transformer.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, BiaslessLayerNorm):
+                setattr(module, name, nn.LayerNorm(child.ln.normalized_shape))
