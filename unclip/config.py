@@ -30,6 +30,8 @@ class Config(BaseModel):
 
 ScheduleName = Literal["linear", "cosine", "quadratic", "sigmoid"]
 SamplerName = Literal["ddpm", "ddim", "plms", "pndm", "dpmpp_2m", "unipc", "analytic"]
+DETERMINISTIC = ("plms", "pndm", "dpmpp_2m", "unipc")
+"""The samplers that take no eta but 0."""
 
 
 def check_steps(spec: Any) -> int | str | tuple[int, ...]:
@@ -60,6 +62,13 @@ def check_steps(spec: Any) -> int | str | tuple[int, ...]:
     if spec < 1:
         raise UsageError(f"{spec} sampling steps asked for; expected 1 or more")
     return spec
+
+
+def count_steps(spec: int | str | tuple[int, ...]) -> int:
+    """How many steps a checked `spec` means."""
+    if isinstance(spec, tuple):
+        return len(spec)
+    return spec if isinstance(spec, int) else int(spec.lstrip("abcdefghijklmnopqrstuvwxyz"))
 
 
 def _check_steps_field(spec: Any) -> Any:

@@ -13,9 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unclip.config import check_steps
 from unclip.errors import UnclipError, UsageError
 
 LARGEST_SEED = 2**32 - 1
+Steps = int | str | Sequence[int]
+"""Sampling steps: a number, a spacing such as "ddim50", or a list of timesteps (unclip.diffusion.timesteps_from)."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class SampleOptions:
     size: int | None = None
     guidance: float | None = None
     prior_guidance: float | None = None
-    prior_steps: int | None = None
-    decoder_steps: int | None = None
-    upsampler_steps: int | None = None
+    prior_steps: Steps | None = None
+    decoder_steps: Steps | None = None
+    upsampler_steps: Steps | None = None
     sampler: str | None = None
     eta: float | None = None
 
@@ -38,8 +41,10 @@ class SampleOptions:
                 raise UsageError(f"{name} is {value}, expected a number of 0 or more")
         for name in ("prior_steps", "decoder_steps", "upsampler_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name} is {value}, expected 1 or more")
+            if value is not None:
+                check_steps(value)
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:

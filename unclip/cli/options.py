@@ -27,6 +27,16 @@ def _pixels(text: str) -> int:
     return int(text)
 
 
+def _steps(text: str) -> Any:
+    from unclip.config import check_steps  # pydantic, which `--help` does without
+
+    try:
+        return check_steps(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+_STEPS = "N|ddimN|T,T,…"
 _SAMPLING = "How it samples (default: the model's own)"
 _OUTPUT = "What is written"
 
@@ -56,12 +66,22 @@ PriorGuidance = Annotated[
     float | None,
     typer.Option(min=0, help="The prior's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
 ]
-PriorSteps = Annotated[int | None, typer.Option(min=1, help="Steps of the prior.", rich_help_panel=_SAMPLING)]
+PriorSteps = Annotated[
+    Any,
+    typer.Option(
+        parser=_steps,
+        metavar=_STEPS,
+        help="Steps of the prior: 64, ddim50, or timesteps.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 DecoderSteps = Annotated[
-    int | None, typer.Option(min=1, help="Steps of the decoder.", rich_help_panel=_SAMPLING)
+    Any,
+    typer.Option(parser=_steps, metavar=_STEPS, help="Steps of the decoder.", rich_help_panel=_SAMPLING),
 ]
 UpsamplerSteps = Annotated[
-    int | None, typer.Option(min=1, help="Steps of each upsampler.", rich_help_panel=_SAMPLING)
+    Any,
+    typer.Option(parser=_steps, metavar=_STEPS, help="Steps of each upsampler.", rich_help_panel=_SAMPLING),
 ]
 Out = Annotated[
     Path | None,

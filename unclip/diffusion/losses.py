@@ -22,7 +22,7 @@ Likelihood = Literal["discrete", "continuous"]
 def training_losses(
     process: GaussianDiffusion, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
-    """Losses of a network's `output` at (x_t, t), each (B,): `mse` (L_simple), `loss`, and with a learned variance `vb`.
+    """Losses of a network's `output` at (x_t, t), each (B,): `mse` (L_simple), `loss`, with a learned variance `vb`.
 
     `loss` is the squared error, weighted where the configuration says so, plus with a learned variance λ·T·vb, which
     estimates λ·L_vlb; the mean is detached in it (L_hybrid; Improved DDPM, eq. 16 and §3.1). `vb` is the term of the

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
-from unclip.config import check_steps
+from unclip.config import check_steps, count_steps
 from unclip.errors import UsageError
 
 Spacing = Literal["ends", "ddim", "trailing"]
@@ -31,9 +30,8 @@ def timesteps_from(
             raise UsageError(f"the timestep {outside[0]} does not exist; the process has 0 to {timesteps - 1}")
         return sorted(spec)
     if isinstance(spec, str):
-        name, count = re.findall(r"[a-z]+|\d+", spec)
-        spacing, spec = name, int(count)
-    return [t + lowest for t in spaced_timesteps(timesteps - lowest, spec, spacing)]
+        spacing = cast(Spacing, spec.rstrip("0123456789"))
+    return [t + lowest for t in spaced_timesteps(timesteps - lowest, count_steps(spec), spacing)]
 
 
 def spaced_timesteps(timesteps: int, steps: int, spacing: Spacing = "ends") -> list[int]:
