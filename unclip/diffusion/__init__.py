@@ -2,6 +2,7 @@
 
 from unclip.diffusion.augment import noise_augment, sample_levels
 from unclip.diffusion.clipping import Clip, clip_from, dynamic_threshold, static_clip
+from unclip.diffusion.gradient import classifier_guidance, clip_guidance
 from unclip.diffusion.guidance import Condition, Denoiser, make_denoiser
 from unclip.diffusion.losses import BoundTerms, negative_log_likelihood
 from unclip.diffusion.process import GaussianDiffusion, Prediction, Step
@@ -34,7 +35,9 @@ __all__ = [
     "Step",
     "analytic",
     "betas",
+    "classifier_guidance",
     "clip_from",
+    "clip_guidance",
     "ddim",
     "ddim_inversion",
     "ddpm",
