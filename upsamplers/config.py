@@ -2,72 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from unclip.config import Config, DataConfig, DiffusionConfig, TrainConfig
+from unclip.config import (
+    DETERMINISTIC,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    SamplerName,
+    StepSpec,
+    TrainConfig,
+    count_steps,
+)
+from unclip.diffusion import timesteps_from
+from unclip.errors import UsageError
 from unclip.nn import UNetConfig
+from unclip.nn.efficient_unet import EfficientUNetConfig
+from upsamplers.corruption_config import (
+    BlurConfig,
+    BSRConfig,
+    BSRGANConfig,
+    CameraConfig,
+    CorruptionConfig,
+    NoCorruptionConfig,
+)
 
-Range = tuple[float, float]
-
-
-class NoCorruptionConfig(Config):
-    """The low-resolution image as it is."""
-
-    kind: Literal["none"] = "none"
-
-
-class BlurConfig(Config):
-    """Gaussian blur, the first upsampler's corruption (unCLIP, App. C: kernel 3, sigma 0.6)."""
-
-    kind: Literal["blur"] = "blur"
-    kernel_size: int = Field(3, ge=1, le=31, description="pixels of the low-resolution image, odd")
-    sigma: float = Field(0.6, gt=0, description="standard deviation in pixels of the low-resolution image")
-    probability: float = Field(1.0, ge=0, le=1, description="share of the images that are blurred")
-
-    @model_validator(mode="after")
-    def _odd(self) -> BlurConfig:
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}, expected an odd number")
-        return self
-
-
-class BSRConfig(Config):
-    """BSRGAN's degradation, the second upsampler's corruption (unCLIP, App. C; Zhang et al. 2021).
-
-    The defaults are milder than BSRGAN's own: the model shall clean up a decoder's picture, not replace it.
-    """
-
-    kind: Literal["bsr"] = "bsr"
-    probability: float = Field(1.0, ge=0, le=1, description="share of the images that are degraded")
-    kernel_size: int = Field(7, ge=3, le=31, description="pixels of the low-resolution image, odd")
-    blur_sigma: Range = Field((0.1, 1.5), description="standard deviation along each axis, pixels")
-    isotropic: float = Field(0.5, ge=0, le=1, description="share of the blurs that are isotropic")
-    resize_scale: Range = Field((0.5, 1.25), description="edge after the resize, before it is undone")
-    noise_sigma: Range = Field((0.0, 10.0), description="standard deviation of the noise in 8-bit levels")
-    jpeg_quality: tuple[int, int] = Field((60, 95), description="Pillow's scale")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> BSRConfig:
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}, expected an odd number")
-        bounds = {
-            "blur_sigma": (0.01, 8),
-            "resize_scale": (0.1, 4),
-            "noise_sigma": (0, 64),
-            "jpeg_quality": (1, 100),
-        }
-        for name, (lowest, highest) in bounds.items():
-            low, high = getattr(self, name)
-            if not lowest <= low <= high <= highest:
-                raise ValueError(
-                    f"{name} is [{low}, {high}], expected smallest then largest within {lowest} to {highest}"
-                )
-        return self
+__all__ = [
+    "ADMConfig",
+    "BSRConfig",
+    "BSRGANConfig",
+    "BlurConfig",
+    "CameraConfig",
+    "CorruptionConfig",
+    "EfficientUNetConfig",
+    "NoCorruptionConfig",
+    "UpsamplerConfig",
+    "UpsamplerRunConfig",
+]
 
 
-CorruptionConfig = Annotated[NoCorruptionConfig | BlurConfig | BSRConfig, Field(discriminator="kind")]
+class ADMConfig(UNetConfig):
+    """The paper's network, an ADM U-Net; what `unet` means unless `kind` says otherwise."""
+
+    kind: Literal["adm"] = "adm"
+
+
+def _unet_kind(value: Any) -> str:
+    """Configurations written before there was a choice name no kind."""
+    kind = value.get("kind", "adm") if isinstance(value, dict) else getattr(value, "kind", "adm")
+    return str(kind)
+
+
+NetworkConfig = Annotated[
+    Annotated[ADMConfig, Tag("adm")] | Annotated[EfficientUNetConfig, Tag("efficient")],
+    Discriminator(
+        _unet_kind,
+        custom_error_type="unet_kind",
+        custom_error_message="expected kind adm or efficient",
+    ),
+]
 
 
 class UpsamplerConfig(Config):
@@ -79,7 +74,7 @@ class UpsamplerConfig(Config):
     steps suffice, and no parameters are spent on passing noise through, as ε or v would ask for.
     """
 
-    unet: UNetConfig = UNetConfig()
+    unet: NetworkConfig = ADMConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     low_size: int = Field(64, ge=1, description="edge of the condition, pixels")
     high_size: int = Field(256, ge=2, description="edge of the result, pixels")
@@ -87,9 +82,19 @@ class UpsamplerConfig(Config):
         "bicubic", description="antialiased filter that makes the training condition from the image"
     )
     corruption: CorruptionConfig = BlurConfig()
+    noise_augmentation: int | None = Field(
+        None,
+        ge=1,
+        description="largest level of the noise added to the condition in training, in timesteps of `diffusion`; the "
+        "network is told the level (Imagen, §2.4). None: no noise, and no input for its level",
+    )
+    noise_level: int = Field(0, ge=0, description="level of that noise at sampling, by default")
+    last_step_network: bool = Field(
+        False, description="a second network of the same shape for the last step alone, at `lowest_timestep` (Karlo)"
+    )
     residual: bool = Field(False, description="add the upsampled condition to the output; x_start only")
-    steps: int = Field(27, ge=1, description="sampling steps by default")
-    sampler: Literal["ddim", "ddpm", "dpmpp_2m"] = "ddim"
+    steps: StepSpec = Field(27, description="sampling steps by default: a number, 'ddim27', or a list of timesteps")
+    sampler: SamplerName = "ddim"
     eta: float = Field(0.0, ge=0, description="noise of the sampler; 0 is deterministic DDIM")
     lowest_timestep: int = Field(
         0, ge=0, description="where the evenly spaced timesteps end; the last step goes from there to x_0"
@@ -100,38 +105,81 @@ class UpsamplerConfig(Config):
         """How many times the edge grows."""
         return self.high_size // self.low_size
 
+    @property
+    def last_timestep(self) -> int:
+        """The timestep of the last step, which a last-step network is for."""
+        return timesteps_from(self.steps, self.diffusion.timesteps, lowest=self.lowest_timestep)[0]
+
     @model_validator(mode="after")
     def _consistent(self) -> UpsamplerConfig:
         if self.high_size % self.low_size or self.factor < 2:
             raise ValueError(
                 f"high_size {self.high_size} is not a multiple (2 or more) of low_size {self.low_size}"
             )
-        if self.unet.attention_resolutions:
+        if isinstance(self.unet, ADMConfig) and (self.unet.attention_resolutions or self.unet.middle_attention):
             raise ValueError(
-                "unet.attention_resolutions is set; an upsampler has convolutions only, because it is "
-                "trained on crops and applied to whole images. Leave it empty"
+                "unet asks for attention; an ADM upsampler has convolutions only, because it is trained on crops and "
+                "applied to whole images. Leave attention_resolutions and middle_attention out"
             )
         if self.residual and self.diffusion.prediction != "x_start":
             raise ValueError(
                 f"residual adds the condition to a predicted x_0 and needs diffusion.prediction x_start, "
                 f"not {self.diffusion.prediction}"
             )
-        if self.eta and self.sampler == "dpmpp_2m":
-            raise ValueError(f"eta is {self.eta}, but dpmpp_2m is deterministic; set eta to 0 or use ddim")
-        if self.lowest_timestep + self.steps > self.diffusion.timesteps:
+        if self.eta and self.sampler in DETERMINISTIC:
+            raise ValueError(f"eta is {self.eta}, but {self.sampler} is deterministic; set eta to 0 or use ddim")
+        if self.lowest_timestep + count_steps(self.steps) > self.diffusion.timesteps:
             raise ValueError(
-                f"{self.steps} steps from timestep {self.lowest_timestep} up do not fit into "
+                f"{count_steps(self.steps)} steps from timestep {self.lowest_timestep} up do not fit into "
                 f"{self.diffusion.timesteps} timesteps"
             )
+        try:
+            timesteps_from(self.steps, self.diffusion.timesteps, lowest=self.lowest_timestep)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        if self.last_step_network and count_steps(self.steps) < 2:
+            raise ValueError("last_step_network needs steps 2 or more: one step is the first and the last at once")
+        largest = self.noise_augmentation or 0
+        if largest > self.diffusion.timesteps:
+            raise ValueError(f"noise_augmentation {largest} is above diffusion.timesteps {self.diffusion.timesteps}")
+        if self.noise_level > largest:
+            raise ValueError(f"noise_level {self.noise_level} is above noise_augmentation ({largest or 'not set'})")
         return self
 
 
 class UpsamplerRunConfig(Config):
-    """A training run: `data.image_size` is the model's high_size, `crop_size` a quarter (unCLIP, App. C)."""
+    """A training run: `data.image_size` is the model's high_size; trained on random crops (unCLIP, App. C)."""
 
     model: UpsamplerConfig = UpsamplerConfig()
     data: DataConfig = DataConfig(image_size=256, crop_size=64)
     train: TrainConfig = TrainConfig()
+    crop_fraction: float | None = Field(
+        None, gt=0, le=1, description="edge of the crops over high_size, a quarter in the paper; sets data.crop_size"
+    )
+    init_from: str | None = Field(
+        None, description="an upsampler part to start from; its first network also starts a missing last-step network"
+    )
+    last_step_share: float = Field(
+        0.25, ge=0, le=1, description="share of the samples that train the last-step network; 1 trains it alone"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fraction_to_pixels(cls, body: Any) -> Any:
+        """`crop_fraction` becomes data.crop_size before the data are validated."""
+        if not isinstance(body, dict) or not isinstance(body.get("crop_fraction"), (int, float)):
+            return body
+        model, data, fraction = body.get("model", {}), body.get("data", {}), body["crop_fraction"]
+        if isinstance(data, DataConfig):
+            data = data.model_dump()
+        size = model.high_size if isinstance(model, UpsamplerConfig) else model.get("high_size", 256)
+        if not isinstance(data, dict) or not isinstance(size, int):
+            return body
+        crop = round(size * fraction)
+        given = data.get("crop_size")
+        if given not in (None, crop):
+            raise ValueError(f"crop_fraction {fraction} asks for crops of {crop} pixels, data.crop_size for {given}")
+        return {**body, "data": {**data, "crop_size": crop}}
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> UpsamplerRunConfig:

@@ -1,25 +1,35 @@
 """Corruptions of the low-resolution condition in training (unCLIP, App. C).
 
-They hide from the upsampler how its condition differs from a decoder's picture. All take and return
-(B, 3, h, w) in [-1, 1] of the same size, and every random choice comes from an explicit generator.
+They hide from the upsampler how its condition differs from a decoder's picture. Images are (B, 3, h, w) in [-1, 1].
+Every image has a seed of its own, so that its corruption does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip.data.images import to_pil
-from upsamplers.config import BlurConfig, BSRConfig, NoCorruptionConfig
+from upsamplers.corruption_config import BlurConfig, BSRConfig, NoCorruptionConfig
+from upsamplers.filters import (
+    between,
+    filter_image,
+    gaussian_kernel,
+    normal,
+    random_jpeg,
+    uniform,
+)
 
 _INTERPOLATIONS = ("area", "bilinear", "bicubic")
+
+
+def draw_seeds(count: int, generator: torch.Generator) -> list[int]:
+    """A seed for each image of a batch."""
+    seeds = torch.randint(0, 2**63 - 1, (count,), generator=generator, device=generator.device)
+    return [int(seed) for seed in seeds.tolist()]
 
 
 def corrupt(
@@ -28,31 +38,26 @@ def corrupt(
     """Corrupt each image (B, 3, h, w) with the configured kind and probability; the others pass unchanged."""
     if isinstance(config, NoCorruptionConfig):
         return images
-    chosen = torch.rand(len(images), generator=generator, device=generator.device) < config.probability
-    chosen = chosen.to(images.device)
-    if not bool(chosen.any()):
-        return images
-    result = images.clone()
-    if isinstance(config, BlurConfig):
-        result[chosen] = gaussian_blur(images[chosen], config.kernel_size, config.sigma)
-    else:
-        result[chosen] = bsr(images[chosen], config, generator)
-    return result
+    return corrupt_seeded(images, config, draw_seeds(len(images), generator))
 
 
-def gaussian_kernel(kernel_size: int, sigma_x: float, sigma_y: float, angle: float = 0.0) -> Tensor:
-    """(k, k) samples of a Gaussian with axes rotated by `angle` (radians), normalised to sum 1; float32."""
-    offsets = torch.arange(kernel_size, dtype=torch.float64) - (kernel_size - 1) / 2
-    y, x = torch.meshgrid(offsets, offsets, indexing="ij")
-    along = math.cos(angle) * x + math.sin(angle) * y
-    across = math.cos(angle) * y - math.sin(angle) * x
-    kernel = torch.exp(-0.5 * ((along / sigma_x) ** 2 + (across / sigma_y) ** 2))
-    return (kernel / kernel.sum()).float()
+def corrupt_seeded(images: Tensor, config: BlurConfig | BSRConfig, seeds: Sequence[int]) -> Tensor:
+    """As `corrupt`, with one seed an image: a seed gives the same corruption in any batch."""
+    results = []
+    for image, seed in zip(images.split(1), seeds, strict=True):
+        generator = torch.Generator().manual_seed(seed)
+        if uniform(generator) >= config.probability:
+            results.append(image)
+        elif isinstance(config, BlurConfig):
+            results.append(gaussian_blur(image, config.kernel_size, config.sigma))
+        else:
+            results.append(bsr(image, config, generator))
+    return torch.cat(results)
 
 
 def gaussian_blur(images: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Tensor:
     """Isotropic blur with edge pixels repeated outside; defaults of unCLIP, App. C."""
-    return _filter(images, gaussian_kernel(kernel_size, sigma, sigma))
+    return filter_image(images, gaussian_kernel(kernel_size, sigma, sigma))
 
 
 def draw_order(generator: torch.Generator) -> list[str]:
@@ -63,7 +68,7 @@ def draw_order(generator: torch.Generator) -> list[str]:
 
 
 def bsr(images: Tensor, config: BSRConfig, generator: torch.Generator) -> Tensor:
-    """Blur, resize, noise and JPEG in an order drawn for each image (Zhang et al. 2021, §3; "BSRGAN")."""
+    """Blur, resize, noise and JPEG in an order drawn for each image (after Zhang et al. 2021, §3; "BSRGAN")."""
     results = []
     for image in images.split(1):
         for name in draw_order(generator):
@@ -73,39 +78,32 @@ def bsr(images: Tensor, config: BSRConfig, generator: torch.Generator) -> Tensor
 
 
 def _random_blur(image: Tensor, config: BSRConfig, generator: torch.Generator) -> Tensor:
-    sigma = _between(config.blur_sigma, generator)
-    if _uniform(generator) < config.isotropic:
-        return _filter(image, gaussian_kernel(config.kernel_size, sigma, sigma))
-    other = _between(config.blur_sigma, generator)
-    angle = math.pi * _uniform(generator)
-    return _filter(image, gaussian_kernel(config.kernel_size, sigma, other, angle))
+    sigma = between(config.blur_sigma, generator)
+    if uniform(generator) < config.isotropic:
+        return filter_image(image, gaussian_kernel(config.kernel_size, sigma, sigma))
+    other = between(config.blur_sigma, generator)
+    angle = math.pi * uniform(generator)
+    return filter_image(image, gaussian_kernel(config.kernel_size, sigma, other, angle))
 
 
 def _random_resize(image: Tensor, config: BSRConfig, generator: torch.Generator) -> Tensor:
     """To a random size and back, each with an interpolation of its own."""
     height, width = image.shape[-2:]
-    scale = _between(config.resize_scale, generator)
+    scale = between(config.resize_scale, generator)
     middle = (max(1, round(height * scale)), max(1, round(width * scale)))
     for size in (middle, (height, width)):
-        mode = _INTERPOLATIONS[int(_uniform(generator) * len(_INTERPOLATIONS))]
+        mode = _INTERPOLATIONS[int(uniform(generator) * len(_INTERPOLATIONS))]
         image = F.interpolate(image, size=size, mode=mode, antialias=mode != "area")
     return image
 
 
 def _random_noise(image: Tensor, config: BSRConfig, generator: torch.Generator) -> Tensor:
-    sigma = _between(config.noise_sigma, generator) / 127.5  # 8-bit levels to the range [-1, 1]
-    noise = torch.randn(image.shape, generator=generator, device=generator.device).to(image)
-    return image + sigma * noise
+    sigma = between(config.noise_sigma, generator) / 127.5  # 8-bit levels to the range [-1, 1]
+    return image + sigma * normal(tuple(image.shape), image, generator)
 
 
 def _random_jpeg(image: Tensor, config: BSRConfig, generator: torch.Generator) -> Tensor:
-    low, high = config.jpeg_quality
-    quality = low + int(_uniform(generator) * (high - low + 1))
-    file = io.BytesIO()
-    to_pil(image[0]).save(file, format="JPEG", quality=quality)
-    with Image.open(file) as decoded:
-        pixels = torch.from_numpy(np.array(decoded.convert("RGB")))  # (h, w, 3)
-    return (pixels.permute(2, 0, 1)[None].float() / 127.5 - 1).to(image)
+    return random_jpeg(image, config.jpeg_quality, generator)
 
 
 Operation = Callable[[Tensor, BSRConfig, torch.Generator], Tensor]
@@ -115,19 +113,3 @@ OPERATIONS: dict[str, Operation] = {
     "noise": _random_noise,
     "jpeg": _random_jpeg,
 }
-
-
-def _filter(images: Tensor, kernel: Tensor) -> Tensor:
-    channels, margin = images.shape[1], len(kernel) // 2
-    weight = kernel.to(images).expand(channels, 1, -1, -1)
-    padded = F.pad(images, (margin, margin, margin, margin), mode="replicate")
-    return F.conv2d(padded, weight, groups=channels)
-
-
-def _uniform(generator: torch.Generator) -> float:
-    """One number in [0, 1)."""
-    return float(torch.rand((), generator=generator, device=generator.device, dtype=torch.float64))
-
-
-def _between(bounds: tuple[float, float], generator: torch.Generator) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * _uniform(generator)

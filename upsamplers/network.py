@@ -1,4 +1,4 @@
-"""The upsampler's network: a convolutional ADM U-Net over x_t and the enlarged condition (unCLIP, App. C)."""
+"""The upsampler's network: a convolutional U-Net over x_t and the enlarged condition (unCLIP, App. C)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip.nn import UNet
+from unclip.nn import UNet, timestep_embedding
+from unclip.nn.efficient_unet import EfficientUNet, EfficientUNetConfig
+from unclip.nn.storage import StripeMemory, peak_memory
+from unclip.nn.striped import run_striped
 from upsamplers.config import UpsamplerConfig
 
 CHANNELS = 3
@@ -16,27 +19,87 @@ class Upsampler(nn.Module):
     """x_t (B, 3, H, W), t (B,), low_res (B, 3, h, w) → (B, 3, H, W), or 6 channels with a learned variance.
 
     Any H and W: the inputs are padded by reflection to what the U-Net divides by, and the output is cut back.
+    With `last_step_network` a second U-Net, `last_unet`, takes the samples whose t is the last step's.
     """
 
     def __init__(self, config: UpsamplerConfig) -> None:
         super().__init__()
         self.config = config
-        learned = config.diffusion.variance == "learned_range"
-        self.unet = UNet(config.unet, 2 * CHANNELS, 2 * CHANNELS if learned else CHANNELS)
+        self.unet = _unet(config)
+        if config.last_step_network:
+            self.last_unet, self.last_timestep = _unet(config), config.last_timestep
+        if config.noise_augmentation is not None:
+            width, dim = config.unet.model_channels, self.unet.embedding_dim
+            self.level_embed = nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, x_t: Tensor, t: Tensor, low_res: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        low_res: Tensor,
+        noise_level: Tensor | None = None,
+        memory: StripeMemory | None = None,
+    ) -> Tensor:
+        """noise_level (B,): how much noise `low_res` carries, where the model is trained with noise augmentation.
+
+        With `memory` the U-Net runs in stripes of rows within it; the result is the same.
+        """
         height, width = x_t.shape[-2:]
         enlarged = upsample(low_res, (height, width))
         joined = _pad(torch.cat([x_t, enlarged.to(x_t.dtype)], dim=1), self.unet.multiple)
         # Convolutions follow their input's layout, and channels_last is the fast one. The weights stay
         # contiguous, because DeepSpeed broadcasts them as flat memory.
         joined = joined.contiguous(memory_format=torch.channels_last)
-        output: Tensor = self.unet(joined, t)[..., :height, :width]
+        output = self._route(joined, t, self._level_embedding(noise_level, len(x_t)), memory)[..., :height, :width]
         if not self.config.residual:
             return output
         # conv_out starts at zero, so an untrained network's x_0 is exactly the interpolated condition.
         x_start = output[:, :CHANNELS] + enlarged
         return torch.cat([x_start, output[:, CHANNELS:]], dim=1)
+
+    def _level_embedding(self, level: Tensor | None, count: int) -> Tensor | None:
+        if self.config.noise_augmentation is None:
+            return None
+        first: nn.Linear = self.level_embed[0]  # type: ignore[assignment]
+        if level is None:
+            level = torch.zeros(count, dtype=torch.long, device=first.weight.device)
+        features = timestep_embedding(level, self.config.unet.model_channels)
+        return self.level_embed(features.to(first.weight.dtype))  # type: ignore[no-any-return]
+
+    def _route(self, x: Tensor, t: Tensor, embedding: Tensor | None, memory: StripeMemory | None) -> Tensor:
+        """Each sample through the U-Net that its timestep belongs to."""
+
+        def run(unet: nn.Module, chosen: Tensor | slice) -> Tensor:
+            added = None if embedding is None else embedding[chosen]
+            if memory is None:
+                return unet(x[chosen], t[chosen], added)  # type: ignore[no-any-return]
+            return run_striped(unet, x[chosen], t[chosen], added, memory=memory)
+
+        if not self.config.last_step_network:
+            return run(self.unet, slice(None))
+        last = t <= self.last_timestep
+        if not bool(last.any()):
+            return run(self.unet, slice(None))
+        if bool(last.all()):
+            return run(self.last_unet, slice(None))
+        first_output, last_output = run(self.unet, ~last), run(self.last_unet, last)
+        output = first_output.new_empty(len(x), *first_output.shape[1:])
+        output[~last], output[last] = first_output, last_output
+        return output
+
+    def activation_bytes(self, batch: int, height: int, width: int) -> int:
+        """Most memory in bytes, beside the weights, that a whole forward pass takes in float32."""
+        multiple = self.unet.multiple
+        edges = (height + -height % multiple, width + -width % multiple)
+        x = torch.empty(batch, 2 * CHANNELS, *edges, device="meta")
+        return peak_memory(self.unet, x, torch.empty(batch, dtype=torch.long, device="meta"))
+
+
+def _unet(config: UpsamplerConfig) -> UNet | EfficientUNet:
+    out_channels = (2 if config.diffusion.variance == "learned_range" else 1) * CHANNELS
+    if isinstance(config.unet, EfficientUNetConfig):
+        return EfficientUNet(config.unet, 2 * CHANNELS, out_channels)
+    return UNet(config.unet, 2 * CHANNELS, out_channels)
 
 
 def upsample(low_res: Tensor, size: tuple[int, int]) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip.diffusion import GaussianDiffusion
+from unclip.diffusion import GaussianDiffusion, noise_augment, sample_levels
 from unclip.diffusion.guidance import Network
-from upsamplers.config import UpsamplerConfig
-from upsamplers.corruption import corrupt
+from upsamplers.bsrgan import degrade_seeded
+from upsamplers.config import BSRGANConfig, UpsamplerConfig
+from upsamplers.corruption import corrupt, draw_seeds
+from upsamplers.filters import uniform
 
 
 def upsampler_loss(
@@ -21,18 +23,47 @@ def upsampler_loss(
     config: UpsamplerConfig,
     batch: Mapping[str, Any],
     generator: torch.Generator,
+    last_step_share: float = 0.25,
 ) -> dict[str, Tensor]:
     """Losses of a batch, each (B,), `loss` being the one to minimise (unCLIP, App. C).
 
     `batch["image"]` (B, 3, S, S) in [-1, 1] are crops of high-resolution images, S divisible by the factor.
-    The condition is made from them by an antialiased reduction and the configured corruption.
+    The condition is made from them by an antialiased reduction and the configured corruption, and noised to a
+    random level where the model takes noise augmentation. With a last-step network, `last_step_share` of the
+    samples are at its timestep.
     """
     x_start: Tensor = batch["image"]
-    low_res = corrupt(downsample(x_start, config), config.corruption, generator)
-    t = process.sample_timesteps(len(x_start), generator).to(x_start.device)
-    noise = torch.randn(x_start.shape, generator=generator, device=generator.device).to(x_start)
+    count, device = len(x_start), x_start.device
+    low_res = make_condition(x_start, config, generator)
+    conditioning = {"low_res": low_res}
+    if config.noise_augmentation is not None:
+        levels = sample_levels(count, config.noise_augmentation, generator).to(device)
+        conditioning["low_res"], conditioning["noise_level"] = noise_augment(
+            low_res, levels, _normal(low_res, generator), process
+        )
+    t = process.sample_timesteps(count, generator).to(device)
+    if config.last_step_network:
+        chosen = torch.rand(count, generator=generator, device=generator.device).to(device) < last_step_share
+        # The other samples keep off the last network's timesteps: they are not the first network's to learn.
+        others = t.clamp_min(config.last_timestep + 1)
+        t = torch.where(chosen, config.last_timestep, others)
+    noise = _normal(x_start, generator)
     x_t = process.q_sample(x_start, t, noise)
-    return process.losses(network(x_t, t, low_res=low_res), x_start, x_t, t, noise)
+    return process.losses(network(x_t, t, **conditioning), x_start, x_t, t, noise)
+
+
+def make_condition(images: Tensor, config: UpsamplerConfig, generator: torch.Generator) -> Tensor:
+    """High-resolution images (B, 3, H, W) -> corrupted conditions (B, 3, H/factor, W/factor) in [-1, 1]."""
+    corruption = config.corruption
+    if not isinstance(corruption, BSRGANConfig):
+        return corrupt(downsample(images, config), corruption, generator)
+    results = []
+    for image, seed in zip(images.split(1), draw_seeds(len(images), generator), strict=True):
+        degraded = uniform(torch.Generator().manual_seed(seed)) < corruption.probability
+        results.append(
+            degrade_seeded(image, config.factor, corruption, [seed + 1]) if degraded else downsample(image, config)
+        )
+    return torch.cat(results)
 
 
 def downsample(images: Tensor, config: UpsamplerConfig) -> Tensor:
@@ -42,3 +73,7 @@ def downsample(images: Tensor, config: UpsamplerConfig) -> Tensor:
     if config.downsample == "area":
         return F.interpolate(images, size=size, mode="area")
     return F.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)

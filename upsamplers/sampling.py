@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,19 +14,26 @@ from unclip.bundle import load_part, load_strict
 from unclip.diffusion import (
     GaussianDiffusion,
     SeededNoise,
+    clip_from,
     get_sampler,
     make_denoiser,
-    spaced_timesteps,
+    noise_augment,
     static_clip,
+    timesteps_from,
 )
 from unclip.diffusion.samplers import Callback
 from unclip.errors import UnclipError, UsageError
+from unclip.nn.storage import StripeMemory
 from upsamplers.config import UpsamplerConfig
 from upsamplers.network import CHANNELS, Upsampler
 
 KIND = "upsampler"
 # Pixels of the result that go through the network together; beyond it images are done one after another.
 _PIXELS_AT_ONCE = 4 * 256 * 256
+# Tensors of the result's size that sampler, denoiser and network hold at once: x_t, noise, condition, x̂_0, ε̂, …
+_PICTURES = 16
+# Convolutions copy their input or rearrange it on some devices, which a count of tensors does not see.
+_WHOLE_MARGIN = 1.25
 
 
 class UpsamplerStage:
@@ -65,28 +73,45 @@ class UpsamplerStage:
         self,
         low_res: Tensor,
         seeds: Sequence[int],
-        steps: int | None = None,
+        steps: int | str | Sequence[int] | None = None,
         callback: Callback | None = None,
+        *,
+        noise_level: int | None = None,
+        memory_limit: int | None = None,
     ) -> Tensor:
         """Upsample low_res (B, 3, h, w) in [-1, 1]; a seed gives the same image in any batch.
 
-        `steps` overrides the model's default. The callback hears `(number, total, x̂_0)` after each step, x̂_0
-        being that of the images in work: fewer than B where large images are done one after another.
-        Raises UnclipError: another shape or type, NaN, values far outside [-1, 1], not one seed an image,
-        steps out of range.
+        steps: overrides the model's default.
+        callback: hears `(number, total, x̂_0)` after each step, x̂_0 being that of the images in work: fewer than
+        B where large images are done one after another.
+        noise_level: noise added to the condition, in steps of the process; the network is told. For a model trained
+        with `noise_augmentation` only.
+        memory_limit: bytes that an image in work may take beside the weights. Where a whole forward pass takes more,
+        the network runs in stripes (unclip.nn.striped) with the same result, more slowly.
+        Raises UnclipError: another shape or type, NaN, values far outside [-1, 1], not one seed an image, steps or
+        noise level out of range, a limit that is too small.
         """
         self._check(low_res, seeds)
+        level = self._level(noise_level)
         reverse = self.process.steps(self.timesteps(steps))
         factor = self.config.factor
         shape = (CHANNELS, factor * low_res.shape[2], factor * low_res.shape[3])
-        chunk = max(1, _PIXELS_AT_ONCE // (shape[1] * shape[2]))
+        chunk = max(1, _PIXELS_AT_ONCE // (shape[1] * shape[2])) if memory_limit is None else 1
+        memory = None if memory_limit is None else self._memory(memory_limit, shape)
         results: list[Tensor] = []
         chunks = range(0, len(seeds), chunk)
         for index, start in enumerate(chunks):
             noise = SeededNoise(seeds[start : start + chunk])
             x = noise.draw(shape, self.device).contiguous(memory_format=torch.channels_last)
             part = low_res[start : start + chunk].to(self.device, torch.float32).clamp(-1, 1)
-            denoiser = make_denoiser(self._network, self.process, {"low_res": part}, clip=static_clip())
+            condition: dict[str, Tensor | None] = {"low_res": part}
+            if self.config.noise_augmentation is not None:
+                # Drawn after x_T, which so depends on the seed alone.
+                drawn = noise(part) if level else torch.zeros_like(part)
+                condition["low_res"], condition["noise_level"] = noise_augment(part, level, drawn, self.process)
+            network = partial(self._network, memory=memory)
+            clip = clip_from(self.config.diffusion.x_start_clip, static_clip())
+            denoiser = make_denoiser(network, self.process, condition, clip=clip)
             done, total = index * len(reverse), len(chunks) * len(reverse)
             heard = None if callback is None else _shifted(callback, done, total)
             sampler = get_sampler(self.config.sampler)
@@ -94,16 +119,51 @@ class UpsamplerStage:
             results.append(x.clamp(-1, 1).contiguous())
         return torch.cat(results)
 
-    def timesteps(self, steps: int | None = None) -> list[int]:
-        """The original timesteps kept, ascending: evenly from `lowest_timestep` to T − 1."""
+    def timesteps(self, steps: int | str | Sequence[int] | None = None) -> list[int]:
+        """The original timesteps kept, ascending: a number spreads evenly from `lowest_timestep` to T − 1."""
         steps = self.config.steps if steps is None else steps
-        lowest = self.config.lowest_timestep
-        return [t + lowest for t in spaced_timesteps(self.process.timesteps - lowest, steps)]
+        return timesteps_from(steps, self.process.timesteps, lowest=self.config.lowest_timestep)
 
-    def _network(self, x_t: Tensor, t: Tensor, low_res: Tensor) -> Tensor:
+    def _network(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        low_res: Tensor,
+        noise_level: Tensor | None = None,
+        memory: StripeMemory | None = None,
+    ) -> Tensor:
         autocast = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if autocast else nullcontext():
-            return self.network(x_t, t, low_res)  # type: ignore[no-any-return]
+            return self.network(x_t, t, low_res, noise_level, memory)  # type: ignore[no-any-return]
+
+    def _level(self, given: int | None) -> int:
+        """The noise level to sample with. UsageError: the model knows none, or not this one."""
+        largest = self.config.noise_augmentation
+        if largest is None:
+            if given:
+                raise UsageError(
+                    f"noise level {given} for a model without noise augmentation; leave it out, or train one with "
+                    "model.noise_augmentation"
+                )
+            return 0
+        level = self.config.noise_level if given is None else given
+        if not 0 <= level <= largest:
+            raise UsageError(f"noise level {level} is out of range; this model knows 0 (none) to {largest}")
+        return level
+
+    def _memory(self, limit: int, shape: tuple[int, int, int]) -> StripeMemory | None:
+        """None where a whole forward pass keeps the limit."""
+        if limit < 1:
+            raise UsageError(f"a memory limit of {limit} bytes; expected 1 or more")
+        pictures = _PICTURES * CHANNELS * shape[1] * shape[2] * 4
+        if self.network.activation_bytes(1, shape[1], shape[2]) * _WHOLE_MARGIN + pictures <= limit:
+            return None
+        if limit <= pictures:
+            raise UnclipError(
+                f"a memory limit of {limit / 2**20:.0f} MiB is too small for a picture of {shape[2]} x {shape[1]} "
+                f"pixels; the pictures alone take {pictures / 2**20:.0f} MiB"
+            )
+        return StripeMemory(limit - pictures, self.device)
 
     def _check(self, low_res: Tensor, seeds: Sequence[int]) -> None:
         got = f"got {tuple(low_res.shape)} of {low_res.dtype}"

@@ -84,11 +84,12 @@ class EfficientUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, embedding: Tensor | None = None) -> Tensor:
         """`embedding` (B, 4·model_channels) is added to the timestep's."""
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels))
+        dtype = self.conv_in.weight.dtype  # half precision only where the parameters are
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if embedding is not None:
             emb = emb + embedding
         emb = F.silu(emb)
-        h = self.conv_in(F.pixel_unshuffle(x, self.config.patch_size))
+        h = self.conv_in(F.pixel_unshuffle(x.to(dtype), self.config.patch_size))
         skips: list[Tensor] = []
         for level in self.down:
             h = self._run(level, h, emb)
