@@ -4,5 +4,6 @@ from decoder.config import DecoderConfig, DecoderRunConfig
 from decoder.network import Decoder
 from decoder.objective import decoder_loss
 from decoder.sampling import DecoderStage
+from decoder.text import CaptionEncoder
 
-__all__ = ["Decoder", "DecoderConfig", "DecoderRunConfig", "DecoderStage", "decoder_loss"]
+__all__ = ["CaptionEncoder", "Decoder", "DecoderConfig", "DecoderRunConfig", "DecoderStage", "decoder_loss"]

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from unclip.config import Config, DataConfig, DiffusionConfig, TrainConfig
+from unclip.config import Config, DataConfig, DiffusionConfig, SamplerName, StepSpec, TrainConfig
 from unclip.nn import UNetConfig
+
+
+class ClipText(Config):
+    """Token features of the frozen CLIP that the decoder is trained with."""
+
+    kind: Literal["clip"] = "clip"
+
+
+class GlideText(Config):
+    """GLIDE's text transformer, trained with the decoder on the CLIP's vocabulary (GLIDE, §3.1; unCLIP, §2.1)."""
+
+    kind: Literal["glide"] = "glide"
+    vocab_size: int = Field(49408, ge=2, description="tokens of the CLIP's vocabulary; read from it when training")
+    length: int = Field(128, ge=2, description="tokens a caption; longer ones are cut")
+    width: int = Field(512, ge=8)
+    depth: int = Field(16, ge=1)
+    heads: int = Field(8, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> GlideText:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
+
+class T5Text(Config):
+    """Features of a frozen T5-style encoder, read through `transformers` (Imagen, §2.1)."""
+
+    kind: Literal["t5"] = "t5"
+    name: str = Field(description="a local folder or a Hub id with the encoder and its tokenizer")
+    length: int = Field(128, ge=2, description="tokens a caption; longer ones are cut")
+    width: int = Field(768, ge=1, description="width of the encoder's features; read from it when training")
+
+
+TextSource = Annotated[ClipText | GlideText | T5Text, Field(discriminator="kind")]
 
 
 class DecoderConfig(Config):
@@ -16,8 +52,28 @@ class DecoderConfig(Config):
     embedding_dim: int = Field(768, ge=1, description="width of the CLIP image embedding")
     token_dim: int = Field(768, ge=1, description="width of CLIP's text token features")
     text_length: int = Field(77, ge=1, description="CLIP's context length")
+    text: TextSource = Field(ClipText(), description="where the context tokens of a caption come from")
     context_dim: int = Field(512, ge=1, description="width of the context tokens inside the U-Net")
     image_tokens: int = Field(4, ge=1, description="context tokens made from the image embedding (unCLIP §2.1: four)")
+    image_tokens_first: bool = Field(False, description="the image's tokens stand before the caption's (Karlo)")
+    image_tokens_interleaved: bool = Field(
+        False, description="the token's index, not the channel's, varies fastest in their projection (Karlo)"
+    )
+    embedding_length: Literal["unit", "raw"] = Field(
+        "unit", description="whether embeddings have unit length, or the length that the CLIP gives them (Karlo)"
+    )
+    embedding_scale: float | None = Field(
+        None,
+        gt=0,
+        description="factor on embeddings before their projections; by default sqrt(embedding_dim), which brings the "
+        "elements of a unit vector to the size of 1, or 1 for embeddings of raw length",
+    )
+    text_embedding_to_time: bool = Field(
+        False, description="the CLIP text embedding is added to the timestep embedding too (Karlo)"
+    )
+    null_text: Literal["learned", "clip"] = Field(
+        "learned", description="what stands for a dropped caption: learned rows, or the CLIP's features of '' (Karlo)"
+    )
     spatial_seed: bool = Field(
         False,
         description="also project the image embedding to a map added at the lowest resolution: it tells a small "
@@ -33,13 +89,67 @@ class DecoderConfig(Config):
     embedding_noise_shape: Literal["isotropic", "data"] = Field(
         "isotropic", description="noise in every direction alike, or along the differences between embeddings"
     )
+    embedding_noise_levels: int = Field(
+        0,
+        ge=0,
+        description="noise conditioning augmentation: the embedding is noised to a level drawn from 0 to this many "
+        "steps of the process, and the level fed to the network (Imagen §2.4; Stable unCLIP); 0 is none",
+    )
+    inpainting: bool = Field(
+        False, description="four more input channels: the known part of the image, and where it is (GLIDE §3.3)"
+    )
+    mask_everything: float = Field(
+        0.25, ge=0, le=1, description="inpainting: share of training samples of which nothing is known"
+    )
     drop_embedding: float = Field(0.1, ge=0, le=1, description="share of samples without image embedding (unCLIP §2.1)")
     drop_text: float = Field(0.5, ge=0, le=1, description="share of samples without caption (unCLIP §2.1)")
     unet: UNetConfig = UNetConfig()
     diffusion: DiffusionConfig = DiffusionConfig(variance="learned_range")
-    steps: int = Field(50, ge=1, description="default sampling steps")
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "ddpm"
+    steps: StepSpec = Field(50, description="default sampling steps: a number, 'ddim50', or a list of timesteps")
+    sampler: SamplerName = "ddpm"
     guidance: float = Field(3.0, ge=0, description="default classifier-free guidance scale")
+    guidance_text: float | None = Field(
+        None, ge=0, description="default scale for what the caption adds to the image embedding; null: `guidance`"
+    )
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="fractions of T between which guidance acts; null: everywhere"
+    )
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="φ of Lin et al. 2024; 0 is none")
+
+    @model_validator(mode="after")
+    def _fits(self) -> DecoderConfig:
+        if self.null_text == "clip" and self.text.kind != "clip":
+            raise ValueError(f"null_text 'clip' needs text.kind 'clip', and it is {self.text.kind!r}")
+        if self.embedding_noise and self.embedding_length == "raw":
+            raise ValueError(
+                f"embedding_noise {self.embedding_noise} turns unit vectors, and embedding_length is 'raw'; "
+                "use embedding_noise_levels"
+            )
+        if self.embedding_noise_levels > self.diffusion.timesteps:
+            raise ValueError(
+                f"embedding_noise_levels is {self.embedding_noise_levels}, the process has "
+                f"{self.diffusion.timesteps} timesteps"
+            )
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What embeddings are multiplied by."""
+        if self.embedding_scale is not None:
+            return self.embedding_scale
+        return self.embedding_dim**0.5 if self.embedding_length == "unit" else 1.0
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a caption as this decoder takes it."""
+        return self.text_length if isinstance(self.text, ClipText) else self.text.length
+
+    @property
+    def feature_dim(self) -> int | None:
+        """Width of a caption's token features; None where the decoder takes token ids."""
+        if isinstance(self.text, GlideText):
+            return None
+        return self.token_dim if isinstance(self.text, ClipText) else self.text.width
 
 
 class DecoderRunConfig(Config):

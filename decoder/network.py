@@ -6,15 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decoder.config import DecoderConfig
-from unclip.nn import UNet
+from decoder.config import DecoderConfig, GlideText
+from decoder.text import TextTransformer
+from unclip.clip import TextFeatures
+from unclip.nn import UNet, timestep_embedding
+from unclip.nn.blocks import zeroed
 
 
 class Decoder(nn.Module):
     """The image embedding is added to the timestep embedding and becomes extra context tokens beside the caption's.
 
-    Null conditions are learned: one embedding in place of a dropped image embedding, one row of tokens for a dropped
-    caption.
+    A dropped image embedding is replaced by a learned one. A dropped caption is replaced by learned rows of token
+    features, by the CLIP's features of '' (`null_text: clip`, see `set_null_text`), or, with a text transformer of the
+    decoder's own, by a caption without tokens.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -22,17 +26,53 @@ class Decoder(nn.Module):
         self.config = config
         channels = 3
         out_channels = 2 * channels if config.diffusion.variance == "learned_range" else channels
-        self.unet = UNet(config.unet, channels, out_channels, config.context_dim)
-        dim = config.embedding_dim
-        self.embedding_to_time = nn.Linear(dim, self.unet.embedding_dim)
+        in_channels = 2 * channels + 1 if config.inpainting else channels
+        self.unet = UNet(config.unet, in_channels, out_channels, config.context_dim)
+        dim, time_dim = config.embedding_dim, self.unet.embedding_dim
+        self.embedding_to_time = nn.Linear(dim, time_dim)
         self.embedding_to_tokens = nn.Linear(dim, config.image_tokens * config.context_dim)
-        self.text_to_tokens = nn.Linear(config.token_dim, config.context_dim)
-        self.text_norm = nn.LayerNorm(config.context_dim)
+        self.text_transformer: TextTransformer | None = None
+        if isinstance(config.text, GlideText):
+            self.text_transformer = TextTransformer(config.text, config.unet.checkpoint_activations)
+            self.text_to_tokens = nn.Linear(config.text.width, config.context_dim)
+            self.last_token_to_time = nn.Linear(config.text.width, time_dim)
+        else:
+            assert config.feature_dim is not None
+            self.text_to_tokens = nn.Linear(config.feature_dim, config.context_dim)
+            self.text_norm = nn.LayerNorm(config.context_dim)
         self.null_embedding = nn.Parameter(torch.zeros(dim))
-        self.null_text = nn.Parameter(torch.randn(config.text_length, config.token_dim) * 0.02)
+        self._make_null_text()
+        if config.text_embedding_to_time:
+            self.text_embedding_to_time = nn.Linear(dim, time_dim)
         self.seed = (
             nn.Linear(dim, self.unet.bottom_channels * self.unet.bottom_size**2) if config.spatial_seed else None
         )
+        if config.embedding_noise_levels:
+            width = config.unet.model_channels
+            self.noise_level_to_time = nn.Sequential(
+                nn.Linear(width, time_dim), nn.SiLU(), zeroed(nn.Linear(time_dim, time_dim))
+            )
+
+    def _make_null_text(self) -> None:
+        config, length = self.config, self.config.context_length
+        if config.null_text == "clip":
+            self.register_buffer("null_text", torch.zeros(length, config.token_dim))
+            self.register_buffer("null_mask", torch.zeros(length, dtype=torch.bool))
+            self.register_buffer("null_text_embedding", torch.zeros(config.embedding_dim))
+            return
+        if config.feature_dim is not None:
+            self.null_text = nn.Parameter(torch.randn(length, config.feature_dim) * 0.02)
+        if config.text_embedding_to_time:
+            self.null_text_embedding = nn.Parameter(torch.zeros(config.embedding_dim))
+
+    def set_null_text(self, empty: TextFeatures) -> None:
+        """Keep the CLIP's features of '' (a batch of one), which stand for a dropped caption (`null_text: clip`)."""
+        for name, value in (
+            ("null_text", empty.tokens),
+            ("null_mask", empty.mask),
+            ("null_text_embedding", empty.embedding),
+        ):
+            getattr(self, name).copy_(value[0])
 
     def forward(
         self,
@@ -44,26 +84,70 @@ class Decoder(nn.Module):
         text_mask: Tensor,
         drop_embedding: Tensor,
         drop_text: Tensor,
+        text_embedding: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        known_image: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
-        """x_t (B, 3, H, W), t (B,), image_embedding (B, E) of unit length, text_tokens (B, L, D), text_mask (B, L)
-        bool;
-        drop_embedding and drop_text (B,) bool: True puts the learned null in its place. -> (B, 3 or 6, H, W) float32.
+        """x_t (B, 3, H, W), t (B,), image_embedding (B, E), text_tokens (B, L, D), or ids (B, L) for a
+        text transformer, text_mask (B, L) bool; drop_embedding and drop_text (B,) bool: True puts the null in its
+        place. Where the configuration asks for them: text_embedding (B, E); noise_level (B,) of the image embedding;
+        known_image (B, 3, H, W) and known (B, 1, H, W), 1 where the image is given and 0 where it is to be painted.
+        -> (B, 3 or 6, H, W) float32.
         """
         embedding = torch.where(
             drop_embedding[:, None], self.null_embedding.to(image_embedding.dtype), self._scaled(image_embedding)
         )
-        tokens = torch.where(drop_text[:, None, None], self.null_text.to(text_tokens.dtype), text_tokens)
-        mask = text_mask | drop_text[:, None]
-        image_context = self.embedding_to_tokens(embedding).unflatten(1, (self.config.image_tokens, -1))
-        text_context = self.text_norm(self.text_to_tokens(tokens))
-        context = torch.cat([text_context, image_context.to(text_context.dtype)], dim=1)  # (B, L + 4, C)
-        mask = F.pad(mask, (0, self.config.image_tokens), value=True)
+        time = self.embedding_to_time(embedding)
+        text_context, mask, summary = self._caption(text_tokens, text_mask, drop_text)
+        if summary is not None:
+            time = time + summary
+        if self.config.text_embedding_to_time:
+            assert text_embedding is not None
+            null = self.null_text_embedding.to(text_embedding.dtype)
+            time = time + self.text_embedding_to_time(
+                torch.where(drop_text[:, None], null, self._scaled(text_embedding))
+            )
+        if self.config.embedding_noise_levels:
+            assert noise_level is not None
+            level = timestep_embedding(noise_level, self.config.unet.model_channels).to(time.dtype)
+            # What is said of an embedding that is not there says nothing.
+            time = time + self.noise_level_to_time(level) * ~drop_embedding[:, None]
+        context, mask = self._context(text_context, mask, embedding)
         seed = None
         if self.seed is not None:
             size = self.unet.bottom_size
             seed = self.seed(embedding).unflatten(1, (-1, size, size))
-        return self.unet(x_t, t, self.embedding_to_time(embedding), context, mask, seed)  # type: ignore[no-any-return]
+        if self.config.inpainting:
+            assert known_image is not None and known is not None
+            x_t = torch.cat([x_t, known_image * known, known], dim=1)
+        return self.unet(x_t, t, time, context, mask, seed)  # type: ignore[no-any-return]
+
+    def _caption(self, tokens: Tensor, mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-> context tokens (B, L, C), their mask, and what the last token adds to the timestep embedding."""
+        if self.text_transformer is not None:
+            features = self.text_transformer(tokens, mask & ~drop[:, None])
+            everything = torch.ones_like(mask)  # padding is learned and speaks too
+            return self.text_to_tokens(features), everything, self.last_token_to_time(features[:, -1])
+        tokens = torch.where(drop[:, None, None], self.null_text.to(tokens.dtype), tokens)
+        if self.config.null_text == "clip":
+            mask = torch.where(drop[:, None], self.null_mask, mask)  # type: ignore[arg-type]
+        else:
+            mask = mask | drop[:, None]
+        return self.text_norm(self.text_to_tokens(tokens)), mask, None
+
+    def _context(self, text: Tensor, mask: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The caption's context tokens (B, L, C) and the image embedding's, in the order that is wanted."""
+        count = self.config.image_tokens
+        image = self.embedding_to_tokens(embedding).to(text.dtype)
+        if self.config.image_tokens_interleaved:
+            image = image.unflatten(1, (-1, count)).transpose(1, 2)  # (B, tokens, C)
+        else:
+            image = image.unflatten(1, (count, -1))
+        if self.config.image_tokens_first:
+            return torch.cat([image, text], dim=1), F.pad(mask, (count, 0), value=True)
+        return torch.cat([text, image], dim=1), F.pad(mask, (0, count), value=True)
 
     def _scaled(self, embedding: Tensor) -> Tensor:
-        """A unit vector times sqrt(E): elements of size about 1, as linear layers expect."""
-        return embedding * self.config.embedding_dim**0.5
+        """By default a unit vector times sqrt(E): elements of size about 1, as linear layers expect."""
+        return embedding * self.config.scale

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decoder.config import DecoderConfig
+from decoder.inpainting import random_known
 from unclip.clip import TextFeatures
-from unclip.diffusion import GaussianDiffusion
+from unclip.diffusion import GaussianDiffusion, noise_augment, sample_levels
+from unclip.errors import UnclipError
 
 
 def decoder_loss(
@@ -22,25 +24,61 @@ def decoder_loss(
     text: TextFeatures,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Per-sample losses (B,) by name for images (B, 3, H, W) in [-1, 1] (unCLIP §2.1; Improved DDPM eq. 16)."""
+    """Per-sample losses (B,) by name for images (B, 3, H, W) in [-1, 1] (unCLIP §2.1; Improved DDPM eq. 16).
+
+    `text` is what the decoder takes of the captions (`CaptionEncoder`).
+    """
     count, device = len(x_start), x_start.device
     t = process.sample_timesteps(count, generator)
     noise = torch.randn(x_start.shape, generator=generator, device=device)
     x_t = process.q_sample(x_start, t, noise)
     drop_embedding = torch.rand(count, generator=generator, device=device) < config.drop_embedding
     drop_text = torch.rand(count, generator=generator, device=device) < config.drop_text
-    output = network(
-        x_t,
-        t,
-        image_embedding=noised_embedding(
+    condition = {
+        "image_embedding": noised_embedding(
             image_embedding, config.embedding_noise, generator, shape=config.embedding_noise_shape
         ),
-        text_tokens=text.tokens,
-        text_mask=text.mask,
-        drop_embedding=drop_embedding,
-        drop_text=drop_text,
-    )
+        "text_tokens": text.tokens,
+        "text_mask": text.mask,
+        "drop_embedding": drop_embedding,
+        "drop_text": drop_text,
+    }
+    if config.text_embedding_to_time:
+        condition["text_embedding"] = text_embedding(text, config)
+    if config.embedding_noise_levels:
+        level = sample_levels(count, config.embedding_noise_levels, generator)
+        condition |= augmented_embedding(
+            condition["image_embedding"],
+            level,
+            torch.randn(image_embedding.shape, generator=generator, device=device),
+            process,
+            config.scale,
+        )
+    if config.inpainting:
+        known = random_known(count, x_start.shape[-1], generator, config.mask_everything)
+        condition |= {"known_image": x_start, "known": known}
+    output = network(x_t, t, **condition)
     return process.losses(output, x_start, x_t, t, noise)
+
+
+def text_embedding(text: TextFeatures, config: DecoderConfig) -> Tensor:
+    """The CLIP text embedding (B, E) of the length that the decoder takes. UnclipError: its length is not known."""
+    if config.embedding_length == "unit":
+        return text.embedding
+    if text.norm is None:
+        raise UnclipError("this decoder takes embeddings of raw length; pass text features as FrozenCLIP gives them")
+    return text.embedding * text.norm[:, None]
+
+
+def augmented_embedding(
+    embedding: Tensor, level: int | Tensor, noise: Tensor, process: GaussianDiffusion, scale: float
+) -> dict[str, Tensor]:
+    """`image_embedding` (B, E) noised to `level` steps of the process, and the `noise_level` (B,) to tell the network
+    (Imagen §2.4; Stable unCLIP). The noise meets the embedding after multiplication by `scale`, where its elements have
+    about unit variance.
+    """
+    noised, level = noise_augment(embedding * scale, level, noise, process)
+    return {"image_embedding": noised / scale, "noise_level": level}
 
 
 def noised_embedding(

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from decoder.config import DecoderConfig
+from decoder.inpainting import check_inpainting, keeping
 from decoder.network import Decoder
+from decoder.objective import augmented_embedding, text_embedding
 from unclip.bundle import load_part, load_strict
 from unclip.clip import TextFeatures
-from unclip.diffusion import GaussianDiffusion, SeededNoise, get_sampler, make_denoiser, spaced_timesteps, static_clip
+from unclip.diffusion import (
+    Denoiser,
+    GaussianDiffusion,
+    SeededNoise,
+    clip_from,
+    get_sampler,
+    make_denoiser,
+    static_clip,
+    timesteps_from,
+)
 from unclip.diffusion.samplers import Callback
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, UsageError
 
 KIND = "decoder"
 
@@ -30,7 +42,11 @@ class DecoderStage:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DecoderStage:
-        """Read a part written by `train_decoder.py`. Raises UnclipError when it is incomplete or does not fit."""
+        """Read a part written by `train_decoder.py`. Raises UnclipError when it is incomplete or does not fit.
+
+        With `dtype` bfloat16 or float16 the weights take half the memory; norms' statistics, the sampler's state and
+        the images stay float32.
+        """
         config, state = load_part(folder, KIND, DecoderConfig)
         network = Decoder(config)
         load_strict(network, state, folder)
@@ -44,62 +60,161 @@ class DecoderStage:
         seeds: Sequence[int],
         *,
         text: TextFeatures | None = None,
-        steps: int | None = None,
+        steps: int | str | Sequence[int] | None = None,
         guidance: float | None = None,
+        guidance_text: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float | None = None,
         sampler: str | None = None,
         eta: float | None = None,
+        embedding_noise_level: int = 0,
+        inpaint_image: Tensor | None = None,
+        inpaint_mask: Tensor | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
-        """Image embeddings (B, E) of unit length (None: the learned null), one seed a sample, and optionally captions
-        -> images (B, 3, S, S) in [-1, 1], float32. Guidance scale 1 is the plain conditional model.
+        """Image embeddings (B, E) (None: the learned null), one seed a sample, and optionally captions, as
+        `CaptionEncoder` gives them -> images (B, 3, S, S) in [-1, 1], float32.
+
+        guidance: scale for all conditions; 1 is the plain conditional model.
+        guidance_text: with it, `guidance` is the scale for the image embedding alone, and this one for what the caption
+        adds to it: out(∅) + s·(out(z) − out(∅)) + s_text·(out(z, y) − out(z)).
+        guidance_interval, guidance_rescale: see `make_denoiser`.
+        embedding_noise_level: noise added to the embedding, in steps of the process, of which the network is told;
+        needs a decoder trained with `embedding_noise_levels`.
+        inpaint_image (B, 3, S, S) or (3, S, S) in [-1, 1] and inpaint_mask (B, 1, S, S) or (S, S), 1 = repaint,
+        0 = keep: what is kept comes out as given. They need a decoder trained with `inpainting`, which without them
+        paints everything.
+        Raises UnclipError, UsageError: a shape or an option that does not fit this decoder.
         """
         config, count = self.config, len(seeds)
-        if embedding is not None and embedding.shape != (count, config.embedding_dim):
-            raise UnclipError(
-                f"image embeddings of shape {tuple(embedding.shape)}; this decoder takes ({count}, "
-                f"{config.embedding_dim})"
-            )
-        tokens = (count, config.text_length, config.token_dim)
-        if text is not None and text.tokens.shape != tokens:
-            raise UnclipError(
-                f"text tokens of shape {tuple(text.tokens.shape)}; this decoder takes {tokens}, as the CLIP "
-                "it was trained "
-                "with gives them"
-            )
+        self._check(embedding, text, count, guidance_text, embedding_noise_level)
+        noise = SeededNoise(seeds)
+        size = config.unet.image_size
+        x = noise.draw((3, size, size), self.device)
         condition = self._condition(embedding, text, count)
-        yes = torch.ones(count, dtype=torch.bool, device=self.device)
-        null = {**condition, "drop_embedding": yes, "drop_text": yes}
+        if config.embedding_noise_levels:
+            level = embedding_noise_level  # drawn after x_T, which so depends on the seed alone
+            drawn = noise.draw((config.embedding_dim,), self.device) if level else torch.zeros(1, device=self.device)
+            condition |= augmented_embedding(condition["image_embedding"], level, drawn, self.process, config.scale)
+        clip = clip_from(config.diffusion.x_start_clip, static_clip())
+        if config.inpainting:
+            image, known = self._known(inpaint_image, inpaint_mask, count)
+            condition |= {"known_image": image, "known": known}
+            clip = keeping(image, known, clip)
+        elif inpaint_image is not None or inpaint_mask is not None:
+            raise UsageError("this decoder was not trained to inpaint; use one trained with model.inpainting=true")
+        options: dict[str, Any] = {
+            "interval": config.guidance_interval if guidance_interval is None else guidance_interval,
+            "rescale": config.guidance_rescale if guidance_rescale is None else guidance_rescale,
+            "clip": clip,
+        }
+        denoiser = self._denoiser(condition, guidance, guidance_text, text is not None, embedding is not None, options)
+        kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
+        draw = get_sampler(sampler or config.sampler)
+        return draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
+
+    def _denoiser(
+        self,
+        condition: dict[str, Tensor],
+        guidance: float | None,
+        guidance_text: float | None,
+        has_text: bool,
+        has_embedding: bool,
+        options: dict[str, Any],
+    ) -> Denoiser:
+        config = self.config
+        yes = torch.ones_like(condition["drop_text"])
         dtype = next(self.network.parameters()).dtype
 
         def network(x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
             cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
             return self.network(x.to(dtype).contiguous(memory_format=torch.channels_last), t, **cast)  # type: ignore[no-any-return]
 
-        denoiser = make_denoiser(
-            network, self.process, condition, null, config.guidance if guidance is None else guidance, static_clip()
-        )
-        noise = SeededNoise(seeds)
-        size = config.unet.image_size
-        x = noise.draw((3, size, size), self.device)
-        steps = config.steps if steps is None else steps
-        kept = self.process.steps(spaced_timesteps(self.process.timesteps, steps))
-        options = {} if eta is None else {"eta": eta}
-        return get_sampler(sampler or config.sampler)(denoiser, x, kept, noise, callback=callback, **options).clamp(
-            -1, 1
-        )
+        null = {**condition, "drop_embedding": yes, "drop_text": yes}
+        scale = config.guidance if guidance is None else guidance
+        text_scale = config.guidance_text if guidance_text is None else guidance_text
+        if text_scale is None or not has_text:
+            return make_denoiser(network, self.process, condition, null, scale, **options)
+        if not has_embedding:
+            return make_denoiser(network, self.process, condition, null, text_scale, **options)
+        chain = [{**condition, "drop_text": yes}, condition]
+        return make_denoiser(network, self.process, chain, null, [scale, text_scale], **options)
+
+    def _check(
+        self,
+        embedding: Tensor | None,
+        text: TextFeatures | None,
+        count: int,
+        guidance_text: float | None,
+        noise_level: int,
+    ) -> None:
+        config = self.config
+        if embedding is not None and embedding.shape != (count, config.embedding_dim):
+            raise UnclipError(
+                f"image embeddings of shape {tuple(embedding.shape)}; this decoder takes ({count}, "
+                f"{config.embedding_dim})"
+            )
+        width = () if config.feature_dim is None else (config.feature_dim,)
+        tokens = (count, config.context_length, *width)
+        if text is not None and (text.tokens.shape != tokens or text.tokens.is_floating_point() != bool(width)):
+            kind = {
+                "clip": "token features of the CLIP it was trained with",
+                "glide": "token ids, as decoder.CaptionEncoder gives them",
+                "t5": "features of its T5, as decoder.CaptionEncoder gives them",
+            }[config.text.kind]
+            raise UnclipError(
+                f"text tokens of shape {tuple(text.tokens.shape)} and type {str(text.tokens.dtype)[6:]}; this decoder "
+                f"takes {tokens}: {kind}"
+            )
+        if text is None and guidance_text is not None:
+            raise UsageError(f"guidance_text {guidance_text} needs a caption, and none is given; leave it out")
+        if noise_level and not config.embedding_noise_levels:
+            raise UsageError(
+                f"embedding_noise_level {noise_level} needs a decoder trained with model.embedding_noise_levels; this "
+                "one was not"
+            )
+        if not 0 <= noise_level <= config.embedding_noise_levels:
+            raise UsageError(
+                f"embedding_noise_level is {noise_level}; this decoder takes 0 to {config.embedding_noise_levels}"
+            )
+
+    def _known(self, image: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        """What is known of the pictures: image (B, 3, S, S) and where (B, 1, S, S); nothing, when nothing is given."""
+        size = self.config.unet.image_size
+        if image is None and mask is None:
+            zeros = torch.zeros(count, 3, size, size, device=self.device)
+            return zeros, zeros[:, :1]
+        if image is None or mask is None:
+            missing = "inpaint_image" if image is None else "inpaint_mask"
+            raise UsageError(f"{missing} is missing; inpainting takes an image and a mask, 1 = repaint, 0 = keep")
+        image, known = check_inpainting(image, mask, count, size)
+        return image.to(self.device), known.to(self.device)
 
     def _condition(self, embedding: Tensor | None, text: TextFeatures | None, count: int) -> dict[str, Tensor]:
         config, device = self.config, self.device
         flags = torch.zeros(count, dtype=torch.bool, device=device)
-        shape = (count, config.text_length)
-        return {
+        condition = {
             "image_embedding": torch.zeros(count, config.embedding_dim, device=device)
             if embedding is None
             else embedding.to(device).float(),
-            "text_tokens": torch.zeros(*shape, config.token_dim, device=device)
-            if text is None
-            else text.tokens.to(device),
-            "text_mask": torch.zeros(*shape, dtype=torch.bool, device=device) if text is None else text.mask.to(device),
             "drop_embedding": flags | (embedding is None),
             "drop_text": flags | (text is None),
         }
+        shape = (count, config.context_length)
+        if text is not None:
+            condition |= {"text_tokens": text.tokens.to(device), "text_mask": text.mask.to(device)}
+        else:
+            ids = config.feature_dim is None
+            condition |= {
+                "text_tokens": torch.zeros(shape, dtype=torch.long, device=device)
+                if ids
+                else torch.zeros(*shape, config.feature_dim or 0, device=device),
+                "text_mask": torch.zeros(shape, dtype=torch.bool, device=device),
+            }
+        if config.text_embedding_to_time:
+            condition["text_embedding"] = (
+                torch.zeros(count, config.embedding_dim, device=device)
+                if text is None
+                else text_embedding(text, config).to(device)
+            )
+        return condition

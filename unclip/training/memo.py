@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,15 +11,24 @@ from torch import Tensor
 from unclip.clip import FrozenCLIP, TextFeatures
 
 
+class TextEncoder(Protocol):
+    """Captions -> what a stage takes of them."""
+
+    def encode_text(self, captions: Sequence[str]) -> TextFeatures: ...
+
+
 class EmbeddingMemo:
     """`encode_text` and `encode_image` of a FrozenCLIP, remembering up to `size` answers of each kind.
 
     Keyed by the caption and by the picture's bytes, so that it is right for augmented pictures too (and useless for
-    them). Image embeddings have unit length, or the CLIP's own.
+    them). Image embeddings have unit length, or the CLIP's own. `texts` encodes captions in the CLIP's place.
     """
 
-    def __init__(self, clip: FrozenCLIP, size: int, *, unit_length: bool = True) -> None:
+    def __init__(
+        self, clip: FrozenCLIP, size: int, *, unit_length: bool = True, texts: TextEncoder | None = None
+    ) -> None:
         self.clip, self.size, self.unit_length = clip, size, unit_length
+        self.texts: TextEncoder = texts or clip
         self._images: dict[bytes, Tensor] = {}
         self._texts: dict[str, TextFeatures] = {}
 
@@ -35,10 +44,10 @@ class EmbeddingMemo:
 
     def encode_text(self, captions: Sequence[str]) -> TextFeatures:
         if not self.size:
-            return self.clip.encode_text(captions)
+            return self.texts.encode_text(captions)
 
         def compute(new: list[int]) -> list[TextFeatures]:
-            features = self.clip.encode_text([captions[i] for i in new])
+            features = self.texts.encode_text([captions[i] for i in new])
             return [features[i] for i in range(len(features))]
 
         rows = self._recall(self._texts, list(captions), compute)
