@@ -75,9 +75,8 @@ class TextConditioned(nn.Module):
 
     def store_null(self, features: TextFeatures, length: str) -> None:
         """Keep the CLIP's features of the empty text, a batch of one, as the null of `null_text: clip`."""
-        self.clip_null_tokens.copy_(features.tokens[0])  # type: ignore[operator]
-        self.clip_null_mask.copy_(features.mask[0])  # type: ignore[operator]
-        self.clip_null_embedding.copy_(text_embedding(features, length)[0])  # type: ignore[operator]
+        for name, value in clip_null(features, length).items():
+            getattr(self, name).copy_(value)
 
     @property
     def has_null(self) -> bool:
@@ -115,6 +114,15 @@ def text_embedding(text: TextFeatures, length: str) -> Tensor:
             "FrozenCLIP.encode_text, or give TextFeatures their `norm`"
         )
     return text.embedding * text.norm[:, None]
+
+
+def clip_null(features: TextFeatures, length: str) -> dict[str, Tensor]:
+    """The buffers of `null_text: clip` for the CLIP's features of the empty text, a batch of one."""
+    return {
+        "clip_null_tokens": features.tokens[0],
+        "clip_null_mask": features.mask[0],
+        "clip_null_embedding": text_embedding(features, length)[0],
+    }
 
 
 def _add_attention_biases(transformer: nn.Module) -> None:

@@ -78,7 +78,10 @@ class PriorConfig(SharedConfig):
     )
     diffusion: DiffusionConfig = DiffusionConfig(prediction="x_start")
     clip_range: float | None = Field(
-        10.0, gt=0, description="x̂_0 is clamped to ± this many units of the normalised space; null leaves it"
+        10.0,
+        gt=0,
+        description="x̂_0 is clamped to ± this many units of the normalised space, unless diffusion.x_start_clip says "
+        "something else; null leaves it",
     )
     steps: StepSpec = Field(64, description="default sampling steps: a number, 'ddim64', or a list of timesteps")
     sampler: SamplerName = "ddpm"

@@ -1,0 +1,1 @@
+"""Other people's checkpoints, in and out: tensors renamed and reshaped, configurations translated."""
