@@ -15,10 +15,19 @@ from prior.autoregressive import AutoregressivePrior
 from prior.conditioning import text_embedding
 from prior.config import CONFIGS, AutoregressivePriorConfig, PriorConfig, kind_of
 from prior.network import Prior
-from unclip.bundle import load_strict, load_weights, read_part_json
+from unclip.bundle import load_strict, load_weights, read_part_json, read_statistics
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
-from unclip.diffusion import GaussianDiffusion, SeededNoise, get_sampler, make_denoiser, static_clip, timesteps_from
+from unclip.diffusion import (
+    Denoiser,
+    GaussianDiffusion,
+    SeededNoise,
+    clip_from,
+    get_sampler,
+    make_denoiser,
+    static_clip,
+    timesteps_from,
+)
 from unclip.diffusion.samplers import Callback
 from unclip.errors import UnclipError, UsageError
 
@@ -41,6 +50,9 @@ class PriorStage(ABC):
         config, state = read_prior_config(folder), load_weights(folder)
         stage = build_stage(config)
         load_strict(stage.network, state, folder)
+        statistics = read_statistics(folder)
+        if statistics is not None and isinstance(stage, DiffusionPriorStage):
+            stage.process.use_statistics(statistics)
         stage.network.to(device, dtype).requires_grad_(False)
         stage.device = torch.device(device)
         return stage
@@ -151,18 +163,23 @@ class DiffusionPriorStage(PriorStage):
         config = self.config
         scale = config.guidance if guidance is None else guidance
         draft = self._prepare(text, seeds, candidates, scale)
-        dtype = next(self.network.parameters()).dtype
-
-        def network(x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-            return self.network(x.to(dtype), t, **conditioning)  # type: ignore[no-any-return]
-
-        clip = None if config.clip_range is None else static_clip(config.clip_range)
-        denoiser = make_denoiser(network, self.process, draft.condition, draft.null, scale, clip)
+        own = None if config.clip_range is None else static_clip(config.clip_range)
+        clip = clip_from(config.diffusion.x_start_clip, own)
+        denoiser = make_denoiser(self._network, self.process, draft.condition, draft.null, scale, clip)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
         noise = SeededNoise(draft.seeds)
         x = noise.draw((config.embedding_dim,), self.device)
         x = get_sampler(sampler or config.sampler)(denoiser, x, kept, noise, callback=callback)
         return self._finish(self.network.denormalise(x).float(), draft)
+
+    def conditional(self, text: TextFeatures) -> Denoiser:
+        """The denoiser of these captions, one embedding each, without guidance or clipping."""
+        draft = self._prepare(text, [0] * len(text), 1, 1.0)
+        return make_denoiser(self._network, self.process, draft.condition)
+
+    def _network(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        dtype = next(self.network.parameters()).dtype
+        return self.network(x.to(dtype), t, **conditioning)  # type: ignore[no-any-return]
 
 
 class AutoregressivePriorStage(PriorStage):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prior.analytic import store_statistics
 from prior.autoregressive import AutoregressivePrior
 from prior.config import AutoregressivePriorConfig, PriorConfig, PriorRunConfig
 from prior.network import Prior
@@ -17,6 +18,7 @@ from prior.statistics import mean_and_deviation, measure_embeddings, settle, sto
 from unclip.bundle import save_part
 from unclip.clip import FrozenCLIP
 from unclip.config import parse_config
+from unclip.data import build_batches
 from unclip.diffusion import GaussianDiffusion
 from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
 
@@ -45,7 +47,11 @@ def run(config: PriorRunConfig, distributed: Distributed) -> Path:
     def export(state: dict[str, Tensor], folder: Path) -> None:
         save_part(folder, KIND, model, state)
 
-    return fit(network, loss_fn, batches, config.train, run_config=config, export=export)
+    folder = fit(network, loss_fn, batches, config.train, run_config=config, export=export)
+    if distributed.is_main and isinstance(model, PriorConfig) and model.sampler == "analytic":
+        fresh = build_batches(config.data, batch_size=64, seed=config.train.seed)
+        store_statistics(folder, memo, fresh, 64 * config.statistics_batches)
+    return folder
 
 
 def prepare(config: PriorRunConfig, memo: EmbeddingMemo) -> Prior | AutoregressivePrior:

@@ -18,7 +18,9 @@ from unclip.bundle import (
     PARTS,
     load_weights,
     read_part_json,
+    read_statistics,
     replacing,
+    save_statistics,
     save_weights,
     write_json,
 )
@@ -91,6 +93,9 @@ def _copy_part(source: Path, target: Path, kind: str, dtype: torch.dtype) -> Non
     body = read_part_json(source, kind)
     save_weights(target, _converted(load_weights(source), dtype, source))
     write_json(target / "config.json", body)
+    statistics = read_statistics(source)
+    if statistics is not None:
+        save_statistics(target, statistics)
 
 
 def _copy_clip(source: Path, target: Path, dtype: torch.dtype) -> None:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.config import ConfigT, parse_config
+from unclip.config import ConfigT, EpsilonStatistics, parse_config
 from unclip.errors import UnclipError
 
 FORMAT = 1
 MANIFEST = "unclip.json"
 BUNDLED = "emoji"
+STATISTICS = "analytic.json"
 PARTS = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
 _MODELS = Path(__file__).parent / "models"
 MAX_SHARD_BYTES = 15 * 2**20  # hosts that refuse files above 16 MiB still take every shard
@@ -69,6 +70,25 @@ def read_part_json(folder: Path, kind: str) -> dict[str, Any]:
     if body.get("kind") != kind:
         raise UnclipError(f"{folder} holds a {body.get('kind')!r}, expected a {kind!r}")
     return body
+
+
+def save_statistics(folder: Path, statistics: EpsilonStatistics) -> None:
+    """Write Analytic-DPM's statistics beside a part's weights, which they belong to. UnclipError: not writable."""
+    try:
+        write_json(folder / STATISTICS, {"format": FORMAT, **statistics.model_dump(mode="json")})
+    except OSError as error:
+        raise UnclipError(f"cannot write {folder / STATISTICS}: {error.strerror or error}") from error
+
+
+def read_statistics(folder: Path) -> EpsilonStatistics | None:
+    """Analytic-DPM's statistics of a part, None where nobody measured them. UnclipError: damaged."""
+    file = folder / STATISTICS
+    if not file.is_file():
+        return None
+    body = read_json(file)
+    if body.pop("format", None) != FORMAT:
+        raise UnclipError(f"{file} is of another format; measure it again with `unclip statistics`")
+    return parse_config(EpsilonStatistics, body, origin=str(file))
 
 
 def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:

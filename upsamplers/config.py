@@ -126,6 +126,8 @@ class UpsamplerConfig(Config):
                 f"residual adds the condition to a predicted x_0 and needs diffusion.prediction x_start, "
                 f"not {self.diffusion.prediction}"
             )
+        if self.sampler == "analytic":
+            raise ValueError("sampler analytic needs statistics, which upsamplers do not keep; use ddim or ddpm")
         if self.eta and self.sampler in DETERMINISTIC:
             raise ValueError(f"eta is {self.eta}, but {self.sampler} is deterministic; set eta to 0 or use ddim")
         if self.lowest_timestep + count_steps(self.steps) > self.diffusion.timesteps:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from unclip.cli import draw, inspect
+from unclip.cli.statistics import statistics
 
 app = typer.Typer(
     name="unclip",
@@ -42,5 +43,13 @@ def unclip(
         typer.echo(context.get_help())
 
 
-for command in (draw.sample, draw.variations, draw.decode, inspect.embed, inspect.bundle, inspect.info):
+for command in (
+    draw.sample,
+    draw.variations,
+    draw.decode,
+    inspect.embed,
+    inspect.bundle,
+    inspect.info,
+    statistics,
+):
     app.command()(command)

@@ -27,7 +27,7 @@ def _pixels(text: str) -> int:
     return int(text)
 
 
-def _steps(text: str) -> Any:
+def steps_option(text: str) -> Any:
     from unclip.config import check_steps  # pydantic, which `--help` does without
 
     try:
@@ -36,7 +36,7 @@ def _steps(text: str) -> Any:
         raise typer.BadParameter(str(error)) from error
 
 
-_STEPS = "N|ddimN|T,T,…"
+STEPS = "N|ddimN|T,T,…"
 _SAMPLING = "How it samples (default: the model's own)"
 _OUTPUT = "What is written"
 
@@ -69,19 +69,19 @@ PriorGuidance = Annotated[
 PriorSteps = Annotated[
     Any,
     typer.Option(
-        parser=_steps,
-        metavar=_STEPS,
+        parser=steps_option,
+        metavar=STEPS,
         help="Steps of the prior: 64, ddim50, or timesteps.",
         rich_help_panel=_SAMPLING,
     ),
 ]
 DecoderSteps = Annotated[
     Any,
-    typer.Option(parser=_steps, metavar=_STEPS, help="Steps of the decoder.", rich_help_panel=_SAMPLING),
+    typer.Option(parser=steps_option, metavar=STEPS, help="Steps of the decoder.", rich_help_panel=_SAMPLING),
 ]
 UpsamplerSteps = Annotated[
     Any,
-    typer.Option(parser=_steps, metavar=_STEPS, help="Steps of each upsampler.", rich_help_panel=_SAMPLING),
+    typer.Option(parser=steps_option, metavar=STEPS, help="Steps of each upsampler.", rich_help_panel=_SAMPLING),
 ]
 Out = Annotated[
     Path | None,

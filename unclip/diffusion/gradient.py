@@ -2,7 +2,8 @@
 
 Both add s·∇ log p(y|x_t) to the score. In ε that is ε̂ − s·sqrt(1−ᾱ_t)·∇ (Dhariwal & Nichol 2021, algorithm 2 and
 eq. 14), which every sampler here can follow; DDPM's mean moves by s·β/sqrt(α)·∇, that is s·Σ∇ of algorithm 1 to first
-order in β. Unlike classifier-free guidance it costs a backward pass, and none of the network where the gradient is taken at x_t.
+order in β. Unlike classifier-free guidance it costs a backward pass, though none through the network where the
+gradient is taken at x_t.
 """
 
 from __future__ import annotations

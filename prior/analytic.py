@@ -1,0 +1,66 @@
+"""Analytic-DPM's statistics of a trained diffusion prior (unCLIP, App. C: analytic variance, 64 strided steps)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prior.sampling import DiffusionPriorStage, PriorStage
+from unclip.bundle import save_statistics
+from unclip.config import EpsilonStatistics
+from unclip.diffusion import Denoiser, measure_epsilon_statistics, timesteps_from
+from unclip.errors import UsageError
+from unclip.training import EmbeddingMemo
+
+_TIMESTEPS = 100
+
+
+def measure_statistics(
+    stage: PriorStage,
+    memo: EmbeddingMemo,
+    batches: Iterable[Mapping[str, Any]],
+    samples: int,
+    *,
+    timesteps: Any = None,
+    seed: int = 0,
+) -> EpsilonStatistics:
+    """Γ_t of a prior over the first `samples` images and captions of `batches`, given the caption, unguided.
+
+    `timesteps` is a specification of sampling steps; by default 100 and the prior's own, between which Γ is
+    interpolated. `memo` embeds as in training. Raises UsageError: an autoregressive prior, which has no ε̂; no samples.
+    """
+    if not isinstance(stage, DiffusionPriorStage):
+        raise UsageError("this prior is autoregressive, so there is no noise prediction to measure; it has no steps")
+    process = stage.process
+    spread = min(_TIMESTEPS, process.timesteps)
+    specs = [spread, stage.config.steps] if timesteps is None else [timesteps]
+    kept = {t for spec in specs for t in timesteps_from(spec, process.timesteps)}
+    generator = torch.Generator().manual_seed(seed)
+    with torch.inference_mode():
+        return measure_epsilon_statistics(_pairs(stage, memo, batches, samples), process, sorted(kept), generator)
+
+
+def store_statistics(
+    folder: Path, memo: EmbeddingMemo, batches: Iterable[Mapping[str, Any]], samples: int
+) -> None:
+    """Measure an exported prior and keep the result in its folder."""
+    stage = PriorStage.load(folder, memo.clip.device)
+    save_statistics(folder, measure_statistics(stage, memo, batches, samples))
+
+
+def _pairs(
+    stage: DiffusionPriorStage, memo: EmbeddingMemo, batches: Iterable[Mapping[str, Any]], samples: int
+) -> Iterator[tuple[Denoiser, Tensor]]:
+    left = samples
+    for batch in islice(batches, samples):
+        if left <= 0:
+            return
+        image, captions = batch["image"][:left], list(batch["caption"][:left])
+        left -= len(image)
+        embedding = memo.encode_image(image.to(memo.clip.device)).to(stage.device)
+        yield stage.conditional(memo.encode_text(captions)), stage.network.normalise(embedding)
