@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoder.config import DecoderConfig, GlideText
-from decoder.text import TextTransformer
+from decoder.text import TextTransformer, null_text_state
 from unclip.clip import TextFeatures
 from unclip.nn import UNet, timestep_embedding
 from unclip.nn.blocks import zeroed
@@ -67,12 +67,8 @@ class Decoder(nn.Module):
 
     def set_null_text(self, empty: TextFeatures) -> None:
         """Keep the CLIP's features of '' (a batch of one), which stand for a dropped caption (`null_text: clip`)."""
-        for name, value in (
-            ("null_text", empty.tokens),
-            ("null_mask", empty.mask),
-            ("null_text_embedding", empty.embedding),
-        ):
-            getattr(self, name).copy_(value[0])
+        for name, value in null_text_state(empty, self.config).items():
+            getattr(self, name).copy_(value)
 
     def forward(
         self,

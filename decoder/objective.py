@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from decoder.config import DecoderConfig
 from decoder.inpainting import random_known
+from decoder.text import text_embedding
 from unclip.clip import TextFeatures
 from unclip.diffusion import GaussianDiffusion, noise_augment, sample_levels
-from unclip.errors import UnclipError
 
 
 def decoder_loss(
@@ -59,15 +59,6 @@ def decoder_loss(
         condition |= {"known_image": x_start, "known": known}
     output = network(x_t, t, **condition)
     return process.losses(output, x_start, x_t, t, noise)
-
-
-def text_embedding(text: TextFeatures, config: DecoderConfig) -> Tensor:
-    """The CLIP text embedding (B, E) of the length that the decoder takes. UnclipError: its length is not known."""
-    if config.embedding_length == "unit":
-        return text.embedding
-    if text.norm is None:
-        raise UnclipError("this decoder takes embeddings of raw length; pass text features as FrozenCLIP gives them")
-    return text.embedding * text.norm[:, None]
 
 
 def augmented_embedding(

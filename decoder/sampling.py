@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from decoder.config import DecoderConfig
 from decoder.inpainting import check_inpainting, keeping
 from decoder.network import Decoder
-from decoder.objective import augmented_embedding, text_embedding
-from unclip.bundle import load_part, load_strict
+from decoder.objective import augmented_embedding
+from decoder.text import text_embedding
+from unclip.bundle import load_part, load_strict, read_statistics
 from unclip.clip import TextFeatures
 from unclip.diffusion import (
     Denoiser,
@@ -51,7 +52,11 @@ class DecoderStage:
         network = Decoder(config)
         load_strict(network, state, folder)
         network = network.to(device, dtype).requires_grad_(False)
-        return cls(network.to(memory_format=torch.channels_last), config, device)  # type: ignore[call-overload]
+        stage = cls(network.to(memory_format=torch.channels_last), config, device)  # type: ignore[call-overload]
+        statistics = read_statistics(folder)
+        if statistics is not None:
+            stage.process.use_statistics(statistics)
+        return stage
 
     @torch.inference_mode()
     def sample(
@@ -113,6 +118,18 @@ class DecoderStage:
         draw = get_sampler(sampler or config.sampler)
         return draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
 
+    def conditional(self, embedding: Tensor, text: TextFeatures | None = None) -> Denoiser:
+        """The denoiser of these embeddings (B, E) and captions, without guidance or clipping; all is to be painted."""
+        condition = self._condition(embedding, text, len(embedding))
+        if self.config.embedding_noise_levels:
+            clean = torch.zeros(1, device=self.device)
+            own = condition["image_embedding"]
+            condition |= augmented_embedding(own, 0, clean, self.process, self.config.scale)
+        if self.config.inpainting:
+            image, known = self._known(None, None, len(embedding))
+            condition |= {"known_image": image, "known": known}
+        return self._denoiser(condition, 1.0, 1.0, text is not None, True, {})
+
     def _denoiser(
         self,
         condition: dict[str, Tensor],
@@ -165,6 +182,12 @@ class DecoderStage:
             raise UnclipError(
                 f"text tokens of shape {tuple(text.tokens.shape)} and type {str(text.tokens.dtype)[6:]}; this decoder "
                 f"takes {tokens}: {kind}"
+            )
+        null: Any = getattr(self.network, "null_mask", None)
+        if null is not None and not bool(null.any()):
+            raise UnclipError(
+                "this decoder drops a caption by the CLIP's features of '', and it holds none; set them with "
+                "Decoder.set_null_text"
             )
         if text is None and guidance_text is not None:
             raise UsageError(f"guidance_text {guidance_text} needs a caption, and none is given; leave it out")

@@ -91,6 +91,24 @@ class CaptionEncoder:
         return TextFeatures(tokens, mask, features.embedding, features.norm)
 
 
+def text_embedding(text: TextFeatures, config: DecoderConfig) -> Tensor:
+    """The CLIP text embedding (B, E) of the length that the decoder takes. UnclipError: its length is not known."""
+    if config.embedding_length == "unit":
+        return text.embedding
+    if text.norm is None:
+        raise UnclipError("this decoder takes embeddings of raw length; pass text features as FrozenCLIP gives them")
+    return text.embedding * text.norm[:, None]
+
+
+def null_text_state(empty: TextFeatures, config: DecoderConfig) -> dict[str, Tensor]:
+    """The network's buffers for `null_text: clip` from the CLIP's features of '' (a batch of one)."""
+    return {
+        "null_text": empty.tokens[0],
+        "null_mask": empty.mask[0],
+        "null_text_embedding": text_embedding(empty, config)[0],
+    }
+
+
 def with_text_widths(config: DecoderConfig, clip: FrozenCLIP) -> dict[str, Any]:
     """The entries of a decoder's configuration that the CLIP and the text encoder decide."""
     widths: dict[str, Any] = {

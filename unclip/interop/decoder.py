@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decoder import Decoder, DecoderConfig
+from decoder.text import null_text_state
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.errors import UnclipError
@@ -93,20 +94,51 @@ def decoder_from_diffusers(
     converted = {f"unet.{name}": tensor for name, tensor in tensors.items()}
     converted |= {ours: state[theirs] for ours, theirs in _PROJECTIONS.items()}
     with torch.device("meta"):
-        network = Decoder(config)
-    for name, tensor in network.state_dict().items():
-        if name not in _NULL_TEXT and (name not in converted or converted[name].shape != tensor.shape):
-            found = tuple(converted[name].shape) if name in converted else "missing"
+        own = Decoder(config).state_dict()
+    empty = {name: torch.zeros(own[name].shape, dtype=own[name].dtype) for name in _NULL_TEXT}
+    converted |= empty if null is None else null_text_state(null, config)
+    for name, tensor in own.items():
+        if converted[name].shape != tensor.shape:
             raise UnclipError(
-                f"the U-Net and the UnCLIPTextProjModel do not fit each other: {name} is {found}, expected "
+                f"the parts of this decoder do not fit each other: {name} is {tuple(converted[name].shape)}, expected "
                 f"{tuple(tensor.shape)}"
             )
-        if name in _NULL_TEXT:
-            converted[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    if null is not None:
-        network = network.to_empty(device="cpu") if False else network
-    return config, _with_null_text(config, converted, null)
+    return config, converted
 
 
-def _with_null_text(config: DecoderConfig, state: dict[str, Tensor], null: TextFeatures | None) -> dict[str, Tensor]:
-    return state
+def decoder_to_diffusers(
+    config: DecoderConfig, state: Mapping[str, Tensor]
+) -> tuple[tuple[dict[str, Tensor], dict[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Our decoder of Karlo's kind -> (state dict, config.json) of a `UNet2DConditionModel` and of its
+    `UnCLIPTextProjModel`.
+
+    The stored features of the empty text are left out: diffusers' pipeline encodes "" itself.
+    Raises UnclipError: a decoder that they cannot express, or weights that are incomplete.
+    """
+    wanted = {**_KARLO, "spatial_seed": False, "inpainting": False, "embedding_noise_levels": 0}
+    found = {name: getattr(config, name) for name in wanted}
+    problems = [f"{name} is {found[name]!r}" for name, value in wanted.items() if found[name] != value]
+    if config.scale != 1:
+        problems.append(f"embedding_scale is {config.scale}")
+    if config.token_dim != config.embedding_dim:
+        problems.append(f"token_dim {config.token_dim} is not embedding_dim {config.embedding_dim}")
+    if problems:
+        raise UnclipError(
+            f"diffusers' unCLIP has no such decoder: {'; '.join(problems)}; configs/decoder/karlo.yaml has its shape"
+        )
+    missing = sorted(name for name in _PROJECTIONS if name not in state)
+    if missing:
+        raise UnclipError(f"the weights are incomplete: {missing[0]} is missing")
+    own = {name.removeprefix("unet."): tensor for name, tensor in state.items() if name.startswith("unet.")}
+    learned = config.diffusion.variance == "learned_range"
+    body, tensors = unet_to_diffusers(
+        config.unet, own, in_channels=3, out_channels=6 if learned else 3, context_dim=config.context_dim
+    )
+    projection = {
+        "_class_name": "UnCLIPTextProjModel",
+        "clip_extra_context_tokens": config.image_tokens,
+        "clip_embeddings_dim": config.embedding_dim,
+        "time_embed_dim": 4 * config.unet.model_channels,
+        "cross_attention_dim": config.context_dim,
+    }
+    return (tensors, body), ({theirs: state[ours] for ours, theirs in _PROJECTIONS.items()}, projection)
