@@ -1,77 +1,66 @@
-"""Samplers with an exact denoiser and against diffusers' step by step; guidance; noise by seed."""
+"""Samplers with denoisers that are known exactly: moments, orders of convergence, inversion; noise by seed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from helpers_diffusion import (
+    DEVIATION,
+    MEAN,
+    MODES,
+    WEIGHTS,
+    T,
+    draw_mixture,
+    exact,
+    exact_mixture,
+    generator,
+    mixture_mean_and_variance,
+    no_noise,
+    normal,
+    process,
+)
 from torch import Tensor
 
-from unclip.config import DiffusionConfig
+from unclip.config import DETERMINISTIC, EpsilonStatistics, SamplerName
 from unclip.diffusion import (
     SAMPLERS,
-    Denoiser,
     GaussianDiffusion,
-    Prediction,
     SeededNoise,
-    dynamic_threshold,
+    ddim,
+    ddim_inversion,
     get_sampler,
     make_denoiser,
+    measure_epsilon_statistics,
     spaced_timesteps,
-    static_clip,
 )
-from unclip.diffusion.process import Step
-from unclip.errors import UsageError
-
-T = 1000
-# A data set of two independent normal dimensions.
-MEAN = torch.tensor([0.8, -0.3], dtype=torch.float64)
-DEVIATION = torch.tensor([0.5, 0.2], dtype=torch.float64)
+from unclip.diffusion.variance import analytic_variance
+from unclip.errors import UnclipError, UsageError
 
 
-def process(**options: object) -> GaussianDiffusion:
-    return GaussianDiffusion(DiffusionConfig.model_validate(options))
+def fresh_noise(seed: int = 1) -> Callable[[Tensor], Tensor]:
+    random = generator(seed)
+    return lambda x: torch.randn(x.shape, generator=random, dtype=x.dtype)
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def with_statistics(ours: GaussianDiffusion, gamma: Any, variance: float) -> GaussianDiffusion:
+    """A process that knows Γ_t = gamma(ᾱ_t)."""
+    values = tuple(float(gamma(bar)) for bar in ours.alphas_cumprod)
+    ours.use_statistics(
+        EpsilonStatistics(
+            timesteps=tuple(range(ours.timesteps)), epsilon_square=values, data_variance=variance, samples=1
+        )
+    )
+    return ours
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed)).double()
-
-
-def no_noise(x: Tensor) -> Tensor:
-    raise AssertionError("a deterministic sampler drew noise")
-
-
-def exact(ours: GaussianDiffusion, steps: list[Step] | None = None) -> Denoiser:
-    """E[x_0|x_t] of N(MEAN, DEVIATION²). With `steps`, also the exact variance's fraction."""
-    by_t = {step.t: step for step in steps or []}
-
-    def denoise(x: Tensor, t: Tensor) -> Prediction:
-        bar = float(ours.alphas_cumprod[int(t[0])])
-        total = bar * DEVIATION**2 + 1 - bar
-        x_start = MEAN + math.sqrt(bar) * DEVIATION**2 / total * (x - math.sqrt(bar) * MEAN)
-        epsilon = (x - math.sqrt(bar) * x_start) / math.sqrt(1 - bar)
-        fraction = None
-        if by_t and by_t[int(t[0])].alpha_bar_prev < 1:
-            step = by_t[int(t[0])]
-            coef = math.sqrt(step.alpha_bar_prev) * step.beta / (1 - bar)
-            wanted = step.posterior_variance + coef**2 * DEVIATION**2 * (1 - bar) / total
-            small = math.log(step.posterior_variance)
-            fraction = ((wanted.log() - small) / (math.log(step.beta) - small)).expand_as(x)
-            assert bool((fraction >= 0).all()) and bool((fraction <= 1).all())  # the bounds hold it
-        elif by_t:
-            fraction = torch.zeros_like(x)
-        return Prediction(x_start, epsilon, fraction)
-
-    return denoise
+def gaussian_gamma(bar: float) -> float:
+    """E||ε̂||²/d of the exact denoiser of N(MEAN, DEVIATION²): (1−ᾱ)/(ᾱ s² + 1 − ᾱ), averaged over dimensions."""
+    return float(((1 - bar) / (bar * DEVIATION**2 + 1 - bar)).mean())
 
 
 def flow(ours: GaussianDiffusion, x: Tensor, t: int = T - 1) -> Tensor:
@@ -83,15 +72,21 @@ def flow(ours: GaussianDiffusion, x: Tensor, t: int = T - 1) -> Tensor:
 # ---- exact denoisers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("name, eta", [("ddpm", 1.0), ("ddim", 1.0), ("ddim", 0.0), ("dpmpp_2m", 0.0)])
+@pytest.mark.parametrize(
+    "name, eta, schedule",
+    [
+        ("ddpm", 1.0, "cosine"),
+        ("analytic", 1.0, "linear"),
+        ("ddim", 1.0, "linear"),
+        *((name, 0.0, schedule) for name in ("ddim", *DETERMINISTIC) for schedule in ("linear", "cosine")),
+    ],
+)
 def test_every_sampler_returns_mean_and_variance(name: str, eta: float, schedule: str) -> None:
-    ours, count, random = process(schedule=schedule), 4000, generator(1)
-    steps = ours.steps(spaced_timesteps(T, T if eta else 200))
-
-    def noise(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, generator=random, dtype=x.dtype)
-
+    """Within 4.5 standard errors of the mean of 4000 samples, and 6 % of the deviation."""
+    ours, count, noise = process(schedule=schedule), 4000, fresh_noise()
+    if name == "analytic":
+        with_statistics(ours, gaussian_gamma, float((DEVIATION**2).mean()))
+    steps = ours.steps(spaced_timesteps(T, (200 if name == "analytic" else 600) if eta else 200))
     x = get_sampler(name)(exact(ours), normal(count, 2), steps, noise, eta=eta)
     error = DEVIATION / math.sqrt(count)
     assert bool(((x.mean(0) - MEAN).abs() < 4.5 * error).all())
@@ -144,194 +139,207 @@ def test_deterministic_samplers_converge_to_the_flow_at_their_order(schedule: st
     assert error("ddim", 200) == pytest.approx(error("ddim", 100) / 2, rel=0.1)
     assert error("dpmpp_2m", 100) == pytest.approx(error("dpmpp_2m", 50) / 4, rel=0.3)
     assert error("dpmpp_2m", 100) < 0.2 * error("ddim", 100) < 0.02
+    assert error("unipc", 100) < error("unipc", 50) / 3.2
+    assert error("unipc", 100) < error("dpmpp_2m", 100)
+    for name in ("plms", "pndm"):
+        assert error(name, 100) < error(name, 50) / 3.5
+        assert error(name, 100) < 0.2 * error("ddim", 100)
 
 
-def test_deterministic_samplers_take_one_step_to_the_mean() -> None:
-    ours, x = process(), normal(3, 2)
+def test_one_step_goes_to_the_mean() -> None:
+    ours, x = with_statistics(process(), gaussian_gamma, 0.2), normal(3, 2)
     steps = ours.steps([700])
     expected = exact(ours)(x, torch.tensor([700])).x_start
     for name in SAMPLERS:
         assert torch.allclose(get_sampler(name)(exact(ours), x, steps, no_noise), expected)
 
 
-# ---- parity with diffusers ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("name, eta", [("ddpm", 1.0), ("ddim", 0.0), *((name, 0.0) for name in DETERMINISTIC)])
+def test_every_sampler_draws_the_mixture(name: str, eta: float) -> None:
+    """Mean and variance of the mixture, and each mode's share, within five standard errors of 3000 samples."""
+    ours, count = process(), 3000
+    steps = ours.steps(spaced_timesteps(T, 150 if eta else 60))
+    x = get_sampler(name)(exact_mixture(ours), normal(count, 2), steps, fresh_noise(), eta=eta)
+    mean, variance = mixture_mean_and_variance()
+    assert bool(((x.mean(0) - mean).abs() < 5 * (variance / count).sqrt()).all())
+    assert torch.allclose(x.var(0), variance, rtol=0.08)
+    nearest = (x[:, None] - MODES).square().sum(-1).argmin(1)
+    share = float((nearest == 0).double().mean())
+    assert share == pytest.approx(float(WEIGHTS[0]), abs=5 * math.sqrt(0.21 / count))
 
 
-def network(x: Tensor, t: Tensor) -> Tensor:
-    """Any smooth function of both inputs does."""
-    return torch.sin(3 * x + t[0] / 300) * 0.7 + 0.2 * x
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "unipc", "plms", "pndm", "ddpm"])
+def test_pure_noise_at_the_end_of_the_schedule_is_no_trouble(name: str) -> None:
+    ours = process(schedule="linear", prediction="v", zero_terminal_snr=True)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        """v of the exact denoiser; at ᾱ = 0, −E[x_0]."""
+        alpha, sigma = ours.alpha_sigma(t, x)
+        x_start = MEAN + alpha * DEVIATION**2 / (alpha**2 * DEVIATION**2 + sigma**2) * (x - alpha * MEAN)
+        return (alpha * x - x_start) / sigma
+
+    count = 2000
+    steps = ours.steps(spaced_timesteps(T, 40, "trailing"))
+    assert steps[0].alpha_bar == 0
+    eta = 1.0 if name == "ddpm" else 0.0
+    x = get_sampler(name)(make_denoiser(network, ours, {}), normal(count, 2), steps, fresh_noise(), eta=eta)
+    assert bool(((x.mean(0) - MEAN).abs() < 5 * DEVIATION / math.sqrt(count)).all())
+    assert torch.allclose(x.std(0), DEVIATION, rtol={"ddpm": 0.3, "ddim": 0.2}.get(name, 0.08))
 
 
-def from_network(ours: GaussianDiffusion, double: bool = False) -> Denoiser:
-    return make_denoiser(lambda x, t: _doubled(x, t) if double else network(x, t), ours, {})
+# ---- Analytic-DPM ------------------------------------------------------------------------------------------
 
 
-def _doubled(x: Tensor, t: Tensor) -> Tensor:
-    return torch.cat([network(x, t), torch.cos(2 * x)], dim=1)
+def test_analytic_variance_is_that_of_the_exact_reverse_step() -> None:
+    """Var(x_s|x_t) of a Gaussian is β̃ + (posterior coefficient of x_0)² Var(x_0|x_t), at any spacing."""
+    ours = with_statistics(process(), lambda bar: (1 - bar) / (bar * 0.25 + 1 - bar), 0.25)
+    for step in ours.steps(spaced_timesteps(T, 12))[:-1]:
+        left_open = 0.25 * (1 - step.alpha_bar) / (step.alpha_bar * 0.25 + 1 - step.alpha_bar)
+        coef = math.sqrt(step.alpha_bar_prev) * step.beta / (1 - step.alpha_bar)
+        assert analytic_variance(step) == pytest.approx(step.posterior_variance + coef**2 * left_open, rel=1e-6)
 
 
-class Draws:
-    """The same noises for both sides, one a step."""
+def test_analytic_variance_keeps_the_data_variance_where_the_smallest_loses_it() -> None:
+    def gamma(bar: float) -> float:
+        return (1 - bar) / (bar * 0.25 + 1 - bar)
 
-    def __init__(self, shape: tuple[int, ...], count: int) -> None:
-        self.noises = list(torch.randn(count, *shape, generator=generator(5)))
-        self.next = 0
+    ours, count = with_statistics(process(), gamma, 0.25), 20_000
 
-    def __call__(self, x: Tensor) -> Tensor:
-        self.next += 1
-        return self.noises[self.next - 1]
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = ours.alpha_sigma(t, x)
+        return sigma / (alpha**2 * 0.25 + sigma**2) * x  # ε̂ of N(0, 0.5²)
+
+    denoiser, steps = make_denoiser(network, ours, {}), ours.steps(spaced_timesteps(T, 6))
+    optimal = get_sampler("analytic")(denoiser, normal(count, 1), steps, fresh_noise())
+    smallest = get_sampler("ddpm")(denoiser, normal(count, 1), steps, fresh_noise())
+    implicit = get_sampler("analytic")(denoiser, normal(count, 1), steps, fresh_noise(), eta=0.0)
+    # The last step goes to the mean; what it leaves out is Var(x_0|x_1), a quarter of a percent.
+    assert float(optimal.var()) == pytest.approx(0.25, rel=0.03)
+    assert float(implicit.var()) == pytest.approx(0.25, rel=0.03)
+    assert float(smallest.var()) < 0.8 * 0.25
 
 
-KINDS = [("epsilon", "epsilon"), ("x_start", "sample"), ("v", "v_prediction")]
-NAMES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+def test_statistics_are_measured_on_data_and_interpolated() -> None:
+    ours = process()
+    x_start = MEAN + DEVIATION * normal(4000, 2, seed=9)
+    batches = [(exact(ours), x_start[:2500]), (exact(ours), x_start[2500:])]
+    measured = measure_epsilon_statistics(batches, ours, [900, 100, 500], generator(3))
+    assert measured.timesteps == (100, 500, 900) and measured.samples == 4000
+    for t, found in zip(measured.timesteps, measured.epsilon_square, strict=True):
+        assert found == pytest.approx(gaussian_gamma(float(ours.alphas_cumprod[t])), rel=0.06)
+    assert measured.data_variance == pytest.approx(float((DEVIATION**2).mean()), rel=0.06)
+    ours.use_statistics(measured)
+    step = ours.steps([300])[0]
+    bar, middle = step.alpha_bar, (measured.epsilon_square[0] + measured.epsilon_square[1]) / 2
+    assert step.x_start_variance == pytest.approx((1 - bar) / bar * (1 - middle), rel=1e-9)
 
 
-@pytest.mark.parametrize("ours_kind, their_kind", KINDS)
-@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
-def test_ddim_agrees_with_diffusers(ours_kind: str, their_kind: str, eta: float) -> None:
-    ours, shape = process(prediction=ours_kind, schedule="linear"), (2, 3, 4, 4)
-    theirs = DDIMScheduler(beta_schedule="linear", clip_sample=False, prediction_type=their_kind)
-    theirs.set_timesteps(10)
-    kept = spaced_timesteps(T, 10, "ddim")
-    assert theirs.timesteps.tolist() == kept[::-1]
-    x = torch.randn(shape, generator=generator(1))
-    draws = Draws(shape, 10)
-    found = get_sampler("ddim")(from_network(ours), x, ours.steps(kept), draws, eta=eta)
-    for number, t in enumerate(theirs.timesteps):
-        output = network(x, t[None])
-        x = theirs.step(output, t, x, eta=eta, variance_noise=draws.noises[number]).prev_sample
-    assert torch.allclose(found, x, rtol=1e-3, atol=2e-4)
+def test_statistics_beyond_their_bounds_are_held() -> None:
+    """Γ > 1 means β̃, and near pure noise no more than the data's variance is left open (theorem 2)."""
+    ours = with_statistics(process(), lambda _: 1.7, 0.3)
+    step = ours.steps([200, 600])[0]
+    assert step.x_start_variance == 0 and analytic_variance(step) == pytest.approx(step.posterior_variance)
+    ours = with_statistics(process(), lambda _: 0.9, 0.3)
+    assert ours.steps([990])[0].x_start_variance == 0.3
+    zero = process(zero_terminal_snr=True, prediction="v")
+    assert with_statistics(zero, lambda _: 0.9, 0.3).steps([T - 1])[0].x_start_variance == 0.3
+
+
+def test_the_last_noise_of_pixels_is_limited() -> None:
+    known = {"timesteps": (0, 999), "epsilon_square": (0.5, 0.9), "data_variance": 1.0, "samples": 1}
+    ours = process()
+    ours.use_statistics(EpsilonStatistics(**known, noise_limit=0.02))
+    steps = ours.steps([0, 100, 400])
+    assert [step.noise_limit for step in steps] == [None, 0.02, None]
+    assert analytic_variance(steps[1]) == pytest.approx(0.02**2)
+    assert analytic_variance(steps[0]) > 0.01
+
+
+def test_analytic_without_statistics_names_the_command() -> None:
+    ours = process()
+    with pytest.raises(UnclipError, match=r"statistics that this model does not have.*`unclip statistics"):
+        get_sampler("analytic")(exact(ours), normal(1, 2), ours.steps([10, 500]), fresh_noise())
+    with pytest.raises(UsageError, match=r"no samples"):
+        measure_epsilon_statistics([], ours, [10], generator())
+    with pytest.raises(UsageError, match=r"timesteps \[1000\]; expected some of 0 to 999"):
+        measure_epsilon_statistics([], ours, [1000], generator())
+    short = process(timesteps=100)
+    known = EpsilonStatistics(timesteps=(500,), epsilon_square=(0.5,), data_variance=1.0, samples=1)
+    with pytest.raises(UnclipError, match="measured at timestep 500, this process has 100"):
+        short.use_statistics(known)
+
+
+# ---- inversion ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
-def test_ddpm_agrees_with_diffusers(variance: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, shape = process(prediction="v", variance=variance, schedule=schedule), (2, 3, 4, 4)
-    theirs = DDPMScheduler(
-        beta_schedule=NAMES[schedule],
-        variance_type=variance,
-        clip_sample=False,
-        prediction_type="v_prediction",
-    )
-    theirs.set_timesteps(10)
-    x = torch.randn(shape, generator=generator(1))
-    draws, double = Draws(shape, 10), variance == "learned_range"
-    steps = ours.steps(spaced_timesteps(T, 10, "ddim"))
-    found = get_sampler("ddpm")(from_network(ours, double), x, steps, draws)
-    noises = iter(draws.noises)
-    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_args, **_options: next(noises))
-    for t in theirs.timesteps:
-        output = _doubled(x, t[None]) if double else network(x, t[None])
-        x = theirs.step(output, t, x).prev_sample
-    assert torch.allclose(found, x, rtol=1e-3, atol=3e-4)
+def test_ddim_inversion_then_ddim_returns_the_input(schedule: str) -> None:
+    """With refinements within 1e-3 at 100 steps; without, as far off as DDIM's first order is."""
+    ours = process(schedule=schedule)
+    steps = ours.steps(spaced_timesteps(T, 100, "ddim"))
+    x_start, _ = draw_mixture(100)
+
+    def error(refinements: int, kept: Any) -> float:
+        x_t = ddim_inversion(exact_mixture(ours), x_start, kept, no_noise, refinements=refinements)
+        return float((ddim(exact_mixture(ours), x_t, kept, no_noise) - x_start).abs().max())
+
+    plain, refined = error(0, steps), error(8, steps)
+    assert refined < 1e-3 < plain
+    assert error(0, ours.steps(spaced_timesteps(T, 500, "ddim"))) < 0.5 * plain
 
 
-@pytest.mark.parametrize("ours_kind, their_kind", KINDS)
-@pytest.mark.parametrize("count", [2, 8, 25])
-def test_dpmpp_2m_agrees_with_diffusers(ours_kind: str, their_kind: str, count: int) -> None:
-    ours = process(prediction=ours_kind, schedule="linear")
-    theirs = DPMSolverMultistepScheduler(
-        beta_schedule="linear",
-        algorithm_type="dpmsolver++",
-        solver_type="midpoint",
-        solver_order=2,
-        final_sigmas_type="zero",
-        prediction_type=their_kind,
-    )
-    theirs.set_timesteps(count)
-    x = torch.randn(2, 3, 4, 4, generator=generator(1))
-    found = get_sampler("dpmpp_2m")(from_network(ours), x, ours.steps(theirs.timesteps.tolist()), no_noise)
-    for t in theirs.timesteps:
-        x = theirs.step(network(x, t[None]), t, x).prev_sample
-    assert torch.allclose(found, x, rtol=2e-3, atol=5e-4)
+def test_ddim_inversion_gives_the_noise_that_the_flow_gives() -> None:
+    ours = process(schedule="linear")
+    x_start = MEAN + DEVIATION * normal(50, 2)
+    x_t = ddim_inversion(exact(ours), x_start, ours.steps(list(range(T))), no_noise)
+    assert torch.allclose(flow(ours, x_t), x_start, atol=5e-3)
+    heard: list[Any] = []
+    ddim_inversion(exact(ours), x_start, ours.steps([1, 500]), no_noise, callback=lambda *call: heard.append(call[:2]))
+    assert heard == [(1, 2), (2, 2)]
 
 
-def test_dpmpp_2m_refuses_noise_and_unknown_samplers_are_named() -> None:
+# ---- errors and callbacks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_samplers_refuse_noise(name: str) -> None:
     ours = process()
-    with pytest.raises(UsageError, match=r"deterministic.*got 0.5"):
-        get_sampler("dpmpp_2m")(exact(ours), normal(1, 2), ours.steps([500]), no_noise, eta=0.5)
-    with pytest.raises(UsageError, match=r"'heun'.*ddpm, ddim, dpmpp_2m"):
+    with pytest.raises(UsageError, match=rf"{name} is deterministic.*got 0.5"):
+        get_sampler(name)(exact(ours), normal(1, 2), ours.steps([500]), no_noise, eta=0.5)
+
+
+def test_unknown_samplers_are_named() -> None:
+    assert tuple(SAMPLERS) == get_args(SamplerName)  # what configurations may name
+    with pytest.raises(UsageError, match=r"'heun'.*ddpm, ddim, plms, pndm, dpmpp_2m, unipc, analytic"):
         get_sampler("heun")
+    with pytest.raises(UsageError, match=r"ddim_inversion is deterministic"):
+        ddim_inversion(exact(process()), normal(1, 2), process().steps([500]), no_noise, eta=1.0)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_callback_hears_every_step(name: str) -> None:
-    ours, heard = process(), []
+    ours, heard = with_statistics(process(), gaussian_gamma, 0.2), []
     steps = ours.steps(spaced_timesteps(T, 4))
     result = get_sampler(name)(
         exact(ours), normal(3, 2), steps, SeededNoise([0, 1, 2]), callback=lambda *call: heard.append(call)
     )
     assert [call[:2] for call in heard] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert torch.allclose(heard[-1][2], result)
+    assert torch.allclose(heard[-1][2], result, atol=0.05)  # x̂_0 at t = 0, with plms and pndm not quite the result
 
 
-# ---- guidance ----------------------------------------------------------------------------------------------
+def test_evaluations_are_as_many_as_stated() -> None:
+    ours = process()
+    counts = {}
+    for name in ("ddim", "unipc", "dpmpp_2m", "plms", "pndm"):
+        calls: list[int] = []
 
+        def counted(x: Tensor, t: Tensor, calls: list[int] = calls) -> Any:
+            calls.append(int(t[0]))
+            return exact(ours)(x, t)
 
-class Spy:
-    """Puts out its condition's value, and a variance channel that tells the halves apart."""
-
-    def __init__(self, double: bool = False) -> None:
-        self.batches: list[int] = []
-        self.double = double
-
-    def __call__(self, x: Tensor, t: Tensor, *, y: Tensor, other: Tensor | None) -> Tensor:
-        assert len(x) == len(t) == len(y) and other is None
-        self.batches.append(len(x))
-        output = x + y[:, None]
-        return torch.cat([output, y[:, None].expand_as(x)], dim=1) if self.double else output
-
-
-def guided(scale: float, spy: Spy, **options: Any) -> tuple[Prediction, Tensor]:
-    ours = process(prediction="x_start", variance="learned_range" if spy.double else "fixed_small")
-    x = normal(3, 2, seed=1).float()
-    condition = {"y": torch.tensor([1.0, 2.0, 3.0]), "other": None}
-    null = {"y": torch.tensor([-1.0]), "other": None}  # one row stands for all
-    denoiser = make_denoiser(spy, ours, condition, null, scale, **options)
-    return denoiser(x, torch.tensor([100, 100, 100])), x
-
-
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 4.0])
-def test_guidance_is_the_stated_combination_in_one_call(scale: float) -> None:
-    spy = Spy()
-    prediction, x = guided(scale, spy)
-    conditional = x + torch.tensor([[1.0], [2.0], [3.0]])
-    expected = (x - 1) + scale * (conditional - (x - 1))
-    assert torch.allclose(prediction.x_start, expected, atol=1e-6)
-    assert spy.batches == [3 if scale == 1 else 6]  # 1 is the conditional model, at its price
-    if scale == 1:
-        assert torch.equal(prediction.x_start, conditional)
-    if scale == 0:
-        assert torch.equal(prediction.x_start, x - 1)
-
-
-def test_guidance_takes_the_variance_of_the_conditional_half() -> None:
-    prediction, _ = guided(3.0, Spy(double=True))
-    assert prediction.variance_fraction is not None
-    expected = torch.tensor([[1.0], [1.5], [2.0]]).expand(3, 2)  # (y + 1)/2
-    assert torch.equal(prediction.variance_fraction, expected)
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_epsilon_follows_the_clipped_x_start(scale: float) -> None:
-    prediction, x = guided(scale, Spy(), clip=static_clip(1.5))
-    assert float(prediction.x_start.abs().max()) == 1.5
-    ours, t = process(), torch.tensor([100, 100, 100])
-    assert torch.allclose(ours.q_sample(prediction.x_start, t, prediction.epsilon), x, atol=1e-5)
-
-
-def test_static_clip() -> None:
-    assert static_clip(2.0)(torch.tensor([-5.0, 0.3, 7.0])).tolist() == pytest.approx([-2, 0.3, 2])
-
-
-def test_dynamic_threshold_divides_by_the_percentile_of_each_sample() -> None:
-    inside = torch.linspace(-0.9, 0.9, 101)
-    outside = torch.linspace(-4, 4, 101)
-    result = dynamic_threshold(0.9)(torch.stack([inside, outside]).view(2, 1, 1, 101))
-    assert torch.equal(result[0].flatten(), inside)  # s is at least 1
-    s = torch.quantile(outside.abs(), 0.9)
-    assert 3 < float(s) < 4
-    assert torch.allclose(result[1].flatten(), outside.clamp(-s, s) / s)
+        get_sampler(name)(counted, normal(1, 2), ours.steps(spaced_timesteps(T, 10, "ddim")), no_noise)
+        counts[name] = len(calls)
+    assert counts == {"ddim": 10, "unipc": 10, "dpmpp_2m": 10, "plms": 11, "pndm": 19}
 
 
 # ---- noise -------------------------------------------------------------------------------------------------
@@ -348,14 +356,21 @@ def test_a_seed_draws_the_same_noise_in_any_batch() -> None:
     assert not torch.equal(first, second.float())  # a generator moves on
 
 
-@pytest.mark.parametrize("name, eta", [("ddpm", 1.0), ("ddim", 0.0), ("ddim", 1.0), ("dpmpp_2m", 0.0)])
+@pytest.mark.parametrize(
+    "name, eta",
+    [("ddpm", 1.0), ("analytic", 1.0), ("ddim", 0.0), ("ddim", 1.0), *((name, 0.0) for name in DETERMINISTIC)],
+)
 def test_a_seed_gives_the_same_sample_in_any_batch(name: str, eta: float) -> None:
-    ours = process()
+    ours = with_statistics(process(), gaussian_gamma, 0.2)
     steps = ours.steps(spaced_timesteps(T, 5))
     run: Callable[..., Tensor] = get_sampler(name)
 
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        """Any smooth function of both inputs does."""
+        return torch.sin(3 * x + t[0] / 300) * 0.7 + 0.2 * x
+
     def sample(seeds: list[int]) -> Tensor:
         noise = SeededNoise(seeds)
-        return run(from_network(ours), noise.draw((3, 4, 4)), steps, noise, eta=eta)
+        return run(make_denoiser(network, ours, {}), noise.draw((3, 4, 4)), steps, noise, eta=eta)
 
     assert torch.equal(sample([4, 9, 2])[1], sample([9])[0])
