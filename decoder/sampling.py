@@ -72,7 +72,7 @@ class DecoderStage:
         guidance_rescale: float | None = None,
         sampler: str | None = None,
         eta: float | None = None,
-        embedding_noise_level: int = 0,
+        embedding_noise_level: int | None = None,
         inpaint_image: Tensor | None = None,
         inpaint_mask: Tensor | None = None,
         callback: Callback | None = None,
@@ -92,13 +92,14 @@ class DecoderStage:
         Raises UnclipError, UsageError: a shape or an option that does not fit this decoder.
         """
         config, count = self.config, len(seeds)
-        self._check(embedding, text, count, guidance_text, embedding_noise_level)
+        level = embedding_noise_level or 0
+        self._check(embedding, text, count, guidance_text, level)
         noise = SeededNoise(seeds)
         size = config.unet.image_size
         x = noise.draw((3, size, size), self.device)
         condition = self._condition(embedding, text, count)
         if config.embedding_noise_levels:
-            level = embedding_noise_level  # drawn after x_T, which so depends on the seed alone
+            # Drawn after x_T, which so depends on the seed alone.
             drawn = noise.draw((config.embedding_dim,), self.device) if level else torch.zeros(1, device=self.device)
             condition |= augmented_embedding(condition["image_embedding"], level, drawn, self.process, config.scale)
         clip = clip_from(config.diffusion.x_start_clip, static_clip())
@@ -116,7 +117,9 @@ class DecoderStage:
         denoiser = self._denoiser(condition, guidance, guidance_text, text is not None, embedding is not None, options)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
         draw = get_sampler(sampler or config.sampler)
-        return draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
+        x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
+        # Multistep samplers end on a mixture of several x̂_0; what is kept is kept to the bit.
+        return keeping(condition["known_image"], condition["known"], None)(x) if config.inpainting else x
 
     def conditional(self, embedding: Tensor, text: TextFeatures | None = None) -> Denoiser:
         """The denoiser of these embeddings (B, E) and captions, without guidance or clipping; all is to be painted."""
@@ -191,15 +194,18 @@ class DecoderStage:
             )
         if text is None and guidance_text is not None:
             raise UsageError(f"guidance_text {guidance_text} needs a caption, and none is given; leave it out")
-        if noise_level and not config.embedding_noise_levels:
+        self.check_noise_level(noise_level)
+
+    def check_noise_level(self, level: int) -> None:
+        """UsageError unless this decoder can be told that its embeddings carry so much noise."""
+        largest = self.config.embedding_noise_levels
+        if level and not largest:
             raise UsageError(
-                f"embedding_noise_level {noise_level} needs a decoder trained with model.embedding_noise_levels; this "
-                "one was not"
+                f"embedding_noise_level {level} needs a decoder trained with model.embedding_noise_levels, which this "
+                "one was not; leave it out"
             )
-        if not 0 <= noise_level <= config.embedding_noise_levels:
-            raise UsageError(
-                f"embedding_noise_level is {noise_level}; this decoder takes 0 to {config.embedding_noise_levels}"
-            )
+        if not 0 <= level <= largest:
+            raise UsageError(f"embedding_noise_level is {level}; this decoder takes 0 to {largest}")
 
     def _known(self, image: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
         """What is known of the pictures: image (B, 3, S, S) and where (B, 1, S, S); nothing, when nothing is given."""

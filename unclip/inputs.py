@@ -33,9 +33,13 @@ class SampleOptions:
     upsampler_steps: Steps | None = None
     sampler: str | None = None
     eta: float | None = None
+    guidance_text: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    guidance_rescale: float | None = None
+    embedding_noise_level: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("guidance", "prior_guidance", "eta"):
+        for name in ("guidance", "prior_guidance", "guidance_text", "eta"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UsageError(f"{name} is {value}, expected a number of 0 or more")
@@ -45,6 +49,18 @@ class SampleOptions:
                 raise UsageError(f"{name} is {value}, expected 1 or more")
             if value is not None:
                 check_steps(value)
+        interval, rescale = self.guidance_interval, self.guidance_rescale
+        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+            raise UsageError(
+                f"guidance_interval is {interval}, expected two fractions of the timesteps, 0 <= low <= high <= 1"
+            )
+        if rescale is not None and not 0 <= rescale <= 1:
+            raise UsageError(f"guidance_rescale is {rescale}, expected 0 (none) to 1")
+
+    def of_decoder(self) -> dict[str, Any]:
+        """Those that DecoderStage.sample takes."""
+        shared = ("guidance_text", "guidance_interval", "guidance_rescale", "embedding_noise_level", "sampler", "eta")
+        return {"steps": self.decoder_steps, "guidance": self.guidance, **{n: getattr(self, n) for n in shared}}
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:
@@ -92,9 +108,9 @@ def check_size(size: int, possible: Sequence[int]) -> int:
     return size
 
 
-def check_embeddings(embeddings: Any, dim: int) -> Tensor:
-    """Embeddings as unit-length float32 (B, E). UsageError: wrong width, not floats, NaN or infinity, zero
-    length.
+def check_embeddings(embeddings: Any, dim: int, *, unit_length: bool = True) -> Tensor:
+    """Embeddings as float32 (B, E), brought to unit length or left as they are. UsageError: wrong width, not floats,
+    NaN or infinity, zero length.
     """
     tensor = embeddings if isinstance(embeddings, Tensor) else None
     if tensor is None:
@@ -119,7 +135,7 @@ def check_embeddings(embeddings: Any, dim: int) -> Tensor:
         raise UsageError(
             f"embedding {int((norm[:, 0] == 0).nonzero()[0])} is all zeros, which has no direction"
         )
-    return tensor / norm
+    return tensor / norm if unit_length else tensor
 
 
 def read_embeddings(file: Path) -> np.ndarray:

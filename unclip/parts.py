@@ -30,16 +30,26 @@ def check_fit(
     sizes.
     """
     problems = []
-    configs = [("decoder", decoder.config), *([] if prior is None else [("prior", prior.config)])]
+    configs: list[tuple[str, Any]] = [("decoder", decoder.config)]
+    if prior is not None:
+        configs.append(("prior", prior.config))
+        if prior.config.embedding_length != decoder.config.embedding_length:
+            problems.append(
+                f"the prior makes embeddings of {prior.config.embedding_length} length, the decoder takes "
+                f"{decoder.config.embedding_length} ones"
+            )
     for name, config in configs:
-        wanted = (
-            ("embeddings", "dimensions", clip.embedding_dim, config.embedding_dim),  # type: ignore[attr-defined]
-            ("token features", "dimensions", clip.token_dim, config.token_dim),  # type: ignore[attr-defined]
-            ("captions", "tokens", clip.context_length, config.text_length),  # type: ignore[attr-defined]
-        )
+        wanted = [("embeddings", "dimensions", clip.embedding_dim, config.embedding_dim)]
+        kind = decoder.config.text.kind if name == "decoder" else "clip"
+        if kind == "clip":
+            wanted.append(("token features", "dimensions", clip.token_dim, config.token_dim))
+            wanted.append(("captions", "tokens", clip.context_length, config.text_length))
+        if kind == "glide":
+            wanted.append(("vocabulary", "tokens", clip.vocab_size, config.text.vocab_size))
         for what, unit, own, taken in wanted:
             if own != taken:
-                problems.append(f"the CLIP's {what} have {own} {unit}, the {name} takes {taken}")
+                has = "has" if what == "vocabulary" else "have"
+                problems.append(f"the CLIP's {what} {has} {own} {unit}, the {name} takes {taken}")
     reached = decoder.config.unet.image_size
     for stage in upsamplers:
         if stage.config.low_size != reached:

@@ -31,7 +31,7 @@ from unclip.parts import bundle_sizes, check_fit, image_pixels
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from decoder import DecoderStage
+    from decoder import CaptionEncoder, DecoderStage
     from prior import PriorStage
     from upsamplers import UpsamplerStage
 
@@ -72,6 +72,7 @@ class UnCLIP:
         self.manifest = manifest or {}
         self.device, self.dtype = torch.device(device), dtype
         self.timings = Timings()
+        self._captions: CaptionEncoder | None = None  # may be large, and is for prompts alone
         check_fit(clip, decoder, prior, self.upsamplers)
 
     # ---- loading ---------------------------------------------------------------------------------------
@@ -203,8 +204,9 @@ class UnCLIP:
         check_seeds(seeds, len(texts))
         self.timings = Timings()
         text = self._timed("clip", lambda: self.embed_text(texts))
+        caption = self._caption(texts, text)
         embedding = self._prior(text, seeds, chosen, progress)
-        return self._finish(self._render(embedding, text, seeds, chosen, progress), output)
+        return self._finish(self._render(embedding, caption, seeds, chosen, progress), output)
 
     @overload
     def variations(
@@ -243,7 +245,9 @@ class UnCLIP:
         chosen = self._options(options)
         seeds = check_seeds([seed + i for i in range(num_images)], num_images)
         self.timings = Timings()
-        embedding = self._timed("clip", lambda: self.embed_image(image))
+        pixels = image_pixels(image, self.clip.image_size, self.device)
+        unit = self.decoder.config.embedding_length == "unit"
+        embedding = self._timed("clip", lambda: self.clip.encode_image(pixels, unit_length=unit))
         if len(embedding) != 1:
             raise UsageError(f"variations takes one image, got {len(embedding)}")
         images = self._render(embedding.expand(num_images, -1), None, seeds, chosen, progress)
@@ -279,12 +283,13 @@ class UnCLIP:
         **options: Any,
     ) -> list[Image] | Tensor:
         """Pictures straight from CLIP image embeddings, (E,) or (B, E), tensor or numpy array of floats; any
-        length is brought to 1. All are drawn with the same seed, or with one each. Raises UsageError:
-        wrong width, dtype, NaN, a vector of zeros.
+        length is brought to 1, unless the decoder takes embeddings as long as the CLIP makes them. All are drawn
+        with the same seed, or with one each. Raises UsageError: wrong width, dtype, NaN, a vector of zeros.
         """
         chosen = self._options(options)
         self.timings = Timings()
-        embedding = check_embeddings(embeddings, self.clip.embedding_dim)
+        unit = self.decoder.config.embedding_length == "unit"
+        embedding = check_embeddings(embeddings, self.clip.embedding_dim, unit_length=unit)
         images = self._render(embedding, None, check_seeds(seed, len(embedding)), chosen, progress)
         return self._finish(images, output)
 
@@ -308,9 +313,21 @@ class UnCLIP:
             self.prior.check_options(steps=options.prior_steps)
         if options.decoder_steps is not None:
             timesteps_from(options.decoder_steps, self.decoder.process.timesteps)
+        self.decoder.check_noise_level(options.embedding_noise_level or 0)
         for stage in self.upsamplers:
             stage.timesteps(options.upsampler_steps)
         return options
+
+    def _caption(self, texts: Sequence[str], text: TextFeatures) -> TextFeatures:
+        """What the decoder takes of captions whose CLIP features are `text`."""
+        if self.decoder.config.text.kind == "clip":
+            return text
+        if self._captions is None:
+            from decoder import CaptionEncoder
+
+            self._captions = CaptionEncoder(self.decoder.config, self.clip)
+        encoder = self._captions
+        return self._timed("text", lambda: encoder.encode_text(texts, text))  # type: ignore[no-any-return]
 
     def _prior(
         self, text: TextFeatures, seeds: list[int], options: SampleOptions, progress: Progress | None
@@ -344,14 +361,7 @@ class UnCLIP:
         images = self._timed(
             "decoder",
             lambda: self.decoder.sample(
-                embedding,
-                seeds,
-                text=text,
-                steps=options.decoder_steps,
-                guidance=options.guidance,
-                sampler=options.sampler,
-                eta=options.eta,
-                callback=_heard("decoder", progress),
+                embedding, seeds, text=text, callback=_heard("decoder", progress), **options.of_decoder()
             ),
         )
         for stage in self.upsamplers:

@@ -77,6 +77,7 @@ def sample(
     model: opt.Model = "emoji",
     out: opt.Out = None,
     guidance: opt.Guidance = None,
+    guidance_text: opt.GuidanceText = None,
     prior_guidance: opt.PriorGuidance = None,
     prior_steps: opt.PriorSteps = None,
     decoder_steps: opt.DecoderSteps = None,
@@ -103,6 +104,7 @@ def sample(
     sampling = opt.given(
         size=size,
         guidance=guidance,
+        guidance_text=guidance_text,
         prior_guidance=prior_guidance,
         prior_steps=prior_steps,
         decoder_steps=decoder_steps,

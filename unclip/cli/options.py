@@ -62,6 +62,14 @@ Guidance = Annotated[
     float | None,
     typer.Option(min=0, help="The decoder's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
 ]
+GuidanceText = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="A scale of its own for what the prompt adds to the image embedding (default: --guidance for both).",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 PriorGuidance = Annotated[
     float | None,
     typer.Option(min=0, help="The prior's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
