@@ -65,8 +65,8 @@ def test_schedule_agrees_with_diffusers(name: str) -> None:
 
 
 def test_unknown_schedule_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"'sigmoid'.*linear, cosine"):
-        betas("sigmoid", T)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"'exponential'.*linear, cosine, quadratic, sigmoid"):
+        betas("exponential", T)  # type: ignore[arg-type]
 
 
 # ---- which timesteps ---------------------------------------------------------------------------------------
