@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from open_clip import get_model_config
 from pydantic import ValidationError
 
 from decoder import Decoder, DecoderRunConfig
@@ -158,7 +159,7 @@ def test_recipe_parses_and_fits_its_clip(recipe: Path) -> None:
 
 
 def widths_of_clip(config: Any) -> dict[str, int]:
-    """Of the CLIP that a recipe's `clip` names by where its own recipe leaves it."""
+    """Of the CLIP that a recipe's `clip` names: by where its own recipe leaves it, or one of open_clip's."""
     for recipe in CONFIGS.glob("clip/*.yaml"):
         clip = load_config(ClipRunConfig, recipe)
         if config.clip == f"{clip.train.run_dir}/model":
@@ -168,7 +169,14 @@ def widths_of_clip(config: Any) -> dict[str, int]:
                 "token_dim": shape.text.width,
                 "text_length": shape.context_length,
             }
-    raise AssertionError(f"no recipe in configs/clip leaves its model in {config.clip}")
+    known = get_model_config(config.clip.split("/")[0])
+    assert known is not None, f"no recipe in configs/clip leaves its model in {config.clip}"
+    text = known["text_cfg"]
+    return {
+        "embedding_dim": known["embed_dim"],
+        "token_dim": text["width"],
+        "text_length": text["context_length"],
+    }
 
 
 def test_every_stage_has_recipes() -> None:
