@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from unclip.errors import UnclipError
 
 _MAPS_SHARE = 0.6  # of the limit; the rest is for the rows in work
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h: larger blocks are mapped and unmapped by themselves
 _HALO = 2  # rows beside a stripe that a 3×3 convolution reads
 
 
@@ -120,6 +124,21 @@ class FileRows:
             raise UnclipError(f"the temporary file for feature maps in {tempfile.gettempdir()} has been cut short")
         rows = torch.from_numpy(content).view(self.dtype).view(end - first, *self.row)
         return rows.permute(1, 3, 0, 2)
+
+
+@contextmanager
+def freed_at_once(device: torch.device) -> Iterator[None]:
+    """Let glibc give freed blocks back to the system. It otherwise keeps them for later blocks of the same size, and
+    between layers of many sizes that comes to as much as is in use.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
+    if adjust is not None:
+        adjust(_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        if adjust is not None:
+            adjust(_MMAP_THRESHOLD, 2**25)  # where glibc itself ends up after a few large blocks
 
 
 def _no_room(error: OSError) -> UnclipError:

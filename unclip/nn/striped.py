@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip.nn.storage import Rows, StripeMemory
+from unclip.nn.storage import Rows, StripeMemory, freed_at_once
 
 _Read = Callable[[int, int], Tensor]
 
@@ -32,7 +32,7 @@ def run_striped(network: nn.Module, x: Tensor, *inputs: Any, memory: StripeMemor
     pooling, nearest-neighbour doubling, pixel (un)shuffling, concatenation of channels, and attention where the whole
     feature map fits. Raises UnclipError when the limit does not hold even a few rows.
     """
-    with torch.no_grad():
+    with torch.no_grad(), freed_at_once(memory.device):
         output = network(StripedMap.wrap(x, memory), *inputs, **named)
         return output.whole() if isinstance(output, StripedMap) else output
 
