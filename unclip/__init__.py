@@ -9,11 +9,12 @@ from unclip.errors import UnclipError, UsageError
 if TYPE_CHECKING:
     from unclip.clip import FrozenCLIP
     from unclip.pipeline import UnCLIP
+    from unclip.upscaling import Upscaler
 
 __version__ = "0.1.0"
-__all__ = ["FrozenCLIP", "UnCLIP", "UnclipError", "UsageError", "__version__"]
+__all__ = ["FrozenCLIP", "UnCLIP", "UnclipError", "Upscaler", "UsageError", "__version__"]
 
-_LAZY = {"UnCLIP": "unclip.pipeline", "FrozenCLIP": "unclip.clip"}
+_LAZY = {"UnCLIP": "unclip.pipeline", "Upscaler": "unclip.upscaling", "FrozenCLIP": "unclip.clip"}
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,8 @@ class SampleOptions:
     guidance_interval: tuple[float, float] | None = None
     guidance_rescale: float | None = None
     embedding_noise_level: int | None = None
+    memory_limit: float | None = None
+    """MiB that each upsampler may take for a picture beside its weights; what takes more runs in stripes."""
 
     def __post_init__(self) -> None:
         for name in ("guidance", "prior_guidance", "guidance_text", "eta"):
@@ -49,6 +51,7 @@ class SampleOptions:
                 raise UsageError(f"{name} is {value}, expected 1 or more")
             if value is not None:
                 check_steps(value)
+        to_bytes(self.memory_limit)
         interval, rescale = self.guidance_interval, self.guidance_rescale
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
             raise UsageError(
@@ -61,6 +64,15 @@ class SampleOptions:
         """Those that DecoderStage.sample takes."""
         shared = ("guidance_text", "guidance_interval", "guidance_rescale", "embedding_noise_level", "sampler", "eta")
         return {"steps": self.decoder_steps, "guidance": self.guidance, **{n: getattr(self, n) for n in shared}}
+
+
+def to_bytes(memory_limit: float | None) -> int | None:
+    """A memory limit in MiB as bytes. UsageError: not above 0."""
+    if memory_limit is None:
+        return None
+    if not 0 < memory_limit < math.inf:
+        raise UsageError(f"memory_limit is {memory_limit}, expected a number of MiB above 0")
+    return int(memory_limit * 2**20)
 
 
 def check_prompts(prompts: str | Sequence[str]) -> list[str]:

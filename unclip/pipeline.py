@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -25,8 +24,10 @@ from unclip.inputs import (
     check_seeds,
     check_size,
     resolve_device,
+    to_bytes,
 )
 from unclip.parts import bundle_sizes, check_fit, image_pixels
+from unclip.upscaling import Progress, Timings, Upscaling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,18 +36,7 @@ if TYPE_CHECKING:
     from prior import PriorStage
     from upsamplers import UpsamplerStage
 
-Progress = Callable[[str, int, int], None]
-"""Hears (stage, steps done, steps in all)."""
-
-
-@dataclass
-class Timings:
-    """Seconds spent in each stage by the last call."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class UnCLIP:
+class UnCLIP(Upscaling):
     """A whole unCLIP system. `UnCLIP.from_pretrained()` loads the model that comes with the package.
 
     >>> from unclip import UnCLIP
@@ -369,7 +359,9 @@ class UnCLIP:
                 break
             name = f"upsampler_{stage.config.high_size}"
             heard = _heard(name, progress)
-            images = self._timed(name, partial(stage.sample, images, seeds, options.upsampler_steps, heard))
+            limit = to_bytes(options.memory_limit)
+            draw = partial(stage.sample, images, seeds, options.upsampler_steps, heard, memory_limit=limit)
+            images = self._timed(name, draw)
         return images
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:

@@ -1,6 +1,7 @@
 """The upsamplers 64 → 256 → 1024: convolution-only diffusion models conditioned on the low-resolution image.
 
-ADM U-Nets without attention, text or guidance (unCLIP §2.1, App. C). Modules are imported at first use.
+ADM U-Nets without attention, text or guidance (unCLIP §2.1, App. C), or Imagen's Efficient U-Nets. Modules are
+imported at first use.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from upsamplers.network import Upsampler
     from upsamplers.objective import upsampler_loss
     from upsamplers.sampling import UpsamplerStage
+    from upsamplers.upscale import upscale_picture
 
 __all__ = [
     "Upsampler",
@@ -21,6 +23,7 @@ __all__ = [
     "UpsamplerStage",
     "corrupt",
     "upsampler_loss",
+    "upscale_picture",
 ]
 
 _HOME = {
@@ -30,6 +33,7 @@ _HOME = {
     "UpsamplerStage": "sampling",
     "corrupt": "corruption",
     "upsampler_loss": "objective",
+    "upscale_picture": "upscale",
 }
 
 

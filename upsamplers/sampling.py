@@ -32,6 +32,8 @@ KIND = "upsampler"
 _PIXELS_AT_ONCE = 4 * 256 * 256
 # Tensors of the result's size that sampler, denoiser and network hold at once: x_t, noise, condition, x̂_0, ε̂, …
 _PICTURES = 16
+# What convolutions take for themselves, beside twice the weights that they rearrange.
+_LIBRARY = 32 * 2**20
 # Convolutions copy their input or rearrange it on some devices, which a count of tensors does not see.
 _WHOLE_MARGIN = 1.25
 
@@ -92,7 +94,7 @@ class UpsamplerStage:
         noise level out of range, a limit that is too small.
         """
         self._check(low_res, seeds)
-        level = self._level(noise_level)
+        level = self.check_noise_level(noise_level)
         reverse = self.process.steps(self.timesteps(steps))
         factor = self.config.factor
         shape = (CHANNELS, factor * low_res.shape[2], factor * low_res.shape[3])
@@ -136,8 +138,8 @@ class UpsamplerStage:
         with torch.autocast(self.device.type, self.dtype) if autocast else nullcontext():
             return self.network(x_t, t, low_res, noise_level, memory)  # type: ignore[no-any-return]
 
-    def _level(self, given: int | None) -> int:
-        """The noise level to sample with. UsageError: the model knows none, or not this one."""
+    def check_noise_level(self, given: int | None) -> int:
+        """The level to sample with, the model's own for None. UsageError: the model knows none, or not this one."""
         largest = self.config.noise_augmentation
         if largest is None:
             if given:
@@ -155,15 +157,16 @@ class UpsamplerStage:
         """None where a whole forward pass keeps the limit."""
         if limit < 1:
             raise UsageError(f"a memory limit of {limit} bytes; expected 1 or more")
-        pictures = _PICTURES * CHANNELS * shape[1] * shape[2] * 4
-        if self.network.activation_bytes(1, shape[1], shape[2]) * _WHOLE_MARGIN + pictures <= limit:
+        largest = max(parameter.numel() * 4 for parameter in self.network.parameters())
+        beside = _PICTURES * CHANNELS * shape[1] * shape[2] * 4 + _LIBRARY + 2 * largest
+        if self.network.activation_bytes(1, shape[1], shape[2]) * _WHOLE_MARGIN + beside <= limit:
             return None
-        if limit <= pictures:
+        if limit <= beside:
             raise UnclipError(
                 f"a memory limit of {limit / 2**20:.0f} MiB is too small for a picture of {shape[2]} x {shape[1]} "
-                f"pixels; the pictures alone take {pictures / 2**20:.0f} MiB"
+                f"pixels; beside feature maps it takes {beside / 2**20:.0f} MiB"
             )
-        return StripeMemory(limit - pictures, self.device)
+        return StripeMemory(limit - beside, self.device)
 
     def _check(self, low_res: Tensor, seeds: Sequence[int]) -> None:
         got = f"got {tuple(low_res.shape)} of {low_res.dtype}"

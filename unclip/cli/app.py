@@ -8,6 +8,7 @@ import typer
 
 from unclip.cli import draw, inspect
 from unclip.cli.statistics import statistics
+from unclip.cli.upscale import upscale
 
 app = typer.Typer(
     name="unclip",
@@ -47,6 +48,7 @@ for command in (
     draw.sample,
     draw.variations,
     draw.decode,
+    upscale,
     inspect.embed,
     inspect.bundle,
     inspect.info,

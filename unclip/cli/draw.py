@@ -82,6 +82,7 @@ def sample(
     prior_steps: opt.PriorSteps = None,
     decoder_steps: opt.DecoderSteps = None,
     upsampler_steps: opt.UpsamplerSteps = None,
+    memory_limit: opt.MemoryLimit = None,
     device: opt.Device = "auto",
     dtype: opt.Precision = opt.Dtype.float32,
     batch_size: opt.BatchSize = _BATCH,
@@ -109,6 +110,7 @@ def sample(
         prior_steps=prior_steps,
         decoder_steps=decoder_steps,
         upsampler_steps=upsampler_steps,
+        memory_limit=memory_limit,
     )
     setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
     system = setting.load()
@@ -130,6 +132,7 @@ def variations(
     guidance: opt.Guidance = None,
     decoder_steps: opt.DecoderSteps = None,
     upsampler_steps: opt.UpsamplerSteps = None,
+    memory_limit: opt.MemoryLimit = None,
     device: opt.Device = "auto",
     dtype: opt.Precision = opt.Dtype.float32,
     batch_size: opt.BatchSize = _BATCH,
@@ -145,7 +148,11 @@ def variations(
     jobs = [Job(f"{image.stem} variation", seed + i, extra={"image": str(image)}) for i in range(num_images)]
     writer = PictureWriter(out, len(jobs), overwrite)
     sampling = opt.given(
-        size=size, guidance=guidance, decoder_steps=decoder_steps, upsampler_steps=upsampler_steps
+        size=size,
+        guidance=guidance,
+        decoder_steps=decoder_steps,
+        upsampler_steps=upsampler_steps,
+        memory_limit=memory_limit,
     )
     setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
     system = setting.load()
@@ -170,6 +177,7 @@ def decode(
     guidance: opt.Guidance = None,
     decoder_steps: opt.DecoderSteps = None,
     upsampler_steps: opt.UpsamplerSteps = None,
+    memory_limit: opt.MemoryLimit = None,
     device: opt.Device = "auto",
     dtype: opt.Precision = opt.Dtype.float32,
     batch_size: opt.BatchSize = _BATCH,
@@ -184,7 +192,11 @@ def decode(
     array = read_embeddings(embeddings)
     writer = PictureWriter(out, (1 if array.ndim == 1 else len(array)) * num_images, overwrite)
     sampling = opt.given(
-        size=size, guidance=guidance, decoder_steps=decoder_steps, upsampler_steps=upsampler_steps
+        size=size,
+        guidance=guidance,
+        decoder_steps=decoder_steps,
+        upsampler_steps=upsampler_steps,
+        memory_limit=memory_limit,
     )
     setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
     system = setting.load()

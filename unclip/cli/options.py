@@ -10,7 +10,7 @@ import typer
 
 from unclip.errors import UsageError
 
-_LARGEST_SEED = 2**32 - 1
+LARGEST_SEED = 2**32 - 1
 
 
 class Dtype(str, Enum):
@@ -21,7 +21,7 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-def _pixels(text: str) -> int:
+def pixels(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise typer.BadParameter(f"{text!r} is no edge in pixels; the bundled model makes 64, 256 and 1024")
     return int(text)
@@ -41,11 +41,11 @@ _SAMPLING = "How it samples (default: the model's own)"
 _OUTPUT = "What is written"
 
 NumImages = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Pictures of each.")]
-Seed = Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Picture i is drawn with seed + i.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Picture i is drawn with seed + i.")]
 Size = Annotated[
     int | None,
     typer.Option(
-        parser=_pixels, metavar="64|256|1024", help="Edge in pixels (default: the model's largest)."
+        parser=pixels, metavar="64|256|1024", help="Edge in pixels (default: the model's largest)."
     ),
 ]
 Model = Annotated[
@@ -90,6 +90,14 @@ DecoderSteps = Annotated[
 UpsamplerSteps = Annotated[
     Any,
     typer.Option(parser=steps_option, metavar=STEPS, help="Steps of each upsampler.", rich_help_panel=_SAMPLING),
+]
+MemoryLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MIB",
+        help="Most memory of an upsampler for a picture; slower, same picture.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Out = Annotated[
     Path | None,

@@ -1,0 +1,111 @@
+"""The command upscale."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unclip.cli import options as opt
+from unclip.cli.output import PictureWriter
+from unclip.cli.progress import Bars
+
+_SAMPLING = "How it samples (default: the model's own)"
+
+Size = Annotated[
+    int | None,
+    typer.Option(
+        parser=opt.pixels, metavar="256|1024", help="Longer edge in pixels (default: the model's largest)."
+    ),
+]
+Start = Annotated[
+    int | None,
+    typer.Option(
+        "--from",
+        min=1,
+        metavar="64|256",
+        help="Reduce pictures to this edge first (default: the highest stage's that they fill).",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Steps = Annotated[
+    Any,
+    typer.Option(
+        parser=opt.steps_option, metavar=opt.STEPS, help="Steps of each stage.", rich_help_panel=_SAMPLING
+    ),
+]
+NoiseLevel = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Noise on the input, for models trained with noise augmentation.", rich_help_panel=_SAMPLING
+    ),
+]
+
+
+def upscale(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="The pictures, in any aspect ratio.")],
+    size: Size = None,
+    model: opt.Model = "emoji",
+    out: opt.Out = None,
+    seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0,
+    start: Start = None,
+    steps: Steps = None,
+    noise_level: NoiseLevel = None,
+    memory_limit: opt.MemoryLimit = None,
+    device: opt.Device = "auto",
+    dtype: opt.Precision = opt.Dtype.float32,
+    json_lines: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Upscale pictures with a model's upsamplers, nothing cropped.
+
+    A picture is first reduced to the input of the highest stage that it fills (256 px for 256 to 1024), its longer
+    edge counting, and drawn anew from there. The bundled model has seen emoji only: photos need a model of your own.
+    """
+    import torch
+
+    from unclip.data.images import load_image
+    from unclip.upscaling import Upscaler
+
+    pictures = [load_image(image) for image in images]
+    writer = PictureWriter(out, len(pictures), overwrite)
+    system = Upscaler.from_pretrained(model, device=device, dtype=getattr(torch, dtype.value), size=size)
+    options = opt.given(start=start, steps=steps, noise_level=noise_level, memory_limit=memory_limit)
+    with Bars(quiet) as bars:
+        for number, (source, picture) in enumerate(zip(images, pictures, strict=True)):
+            bars.batch(number + 1, len(pictures))
+            result = system.upscale(picture, size=size, seed=seed, progress=bars, **options)[0]
+            bars.close()
+            text = _metadata(system.name, seed, result.size, dtype, options)
+            path = writer.save(result, f"{source.stem} {max(result.size)}", seed, text)
+            seconds = {stage: round(s, 4) for stage, s in system.timings.seconds.items()}
+            body = {
+                "path": str(path),
+                "image": str(source),
+                "seed": seed,
+                "width": result.width,
+                "height": result.height,
+                "model": system.name,
+                "seconds": seconds,
+            }
+            print(json.dumps(body) if json_lines else path, flush=True)
+
+
+def _metadata(
+    name: str, seed: int, size: tuple[int, int], dtype: opt.Dtype, options: dict[str, Any]
+) -> dict[str, str]:
+    """What the PNG itself says about how it came to be; no paths, since pictures travel."""
+    from unclip import __version__
+
+    text = {
+        "command": "upscale",
+        "seed": str(seed),
+        "model": name,
+        "size": f"{size[0]}x{size[1]}",
+        "unclip": __version__,
+        "dtype": dtype.value,
+    }
+    return {**text, "options": json.dumps(options)} if options else text

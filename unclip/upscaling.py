@@ -1,0 +1,189 @@
+"""Upscaling pictures with a model's upsamplers alone, without CLIP, prior and decoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
+from unclip.errors import UnclipError, UsageError
+from unclip.inputs import check_seeds, resolve_device, to_bytes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from upsamplers import UpsamplerStage
+
+Progress = Callable[[str, int, int], None]
+"""Hears (stage, steps done, steps in all)."""
+
+
+@dataclass
+class Timings:
+    """Seconds spent in each stage by the last call."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Upscaling:
+    """The method `upscale` of whatever has upsamplers."""
+
+    upsamplers: list[UpsamplerStage]
+    device: torch.device
+    dtype: torch.dtype
+    timings: Timings
+
+    @overload
+    def upscale(
+        self,
+        images: Any,
+        *,
+        size: int | None = ...,
+        seed: int | Sequence[int] = ...,
+        output: Literal["pil"] = ...,
+        progress: Progress | None = ...,
+        **options: Any,
+    ) -> list[Image]: ...
+    @overload
+    def upscale(
+        self,
+        images: Any,
+        *,
+        size: int | None = ...,
+        seed: int | Sequence[int] = ...,
+        output: Literal["tensor"],
+        progress: Progress | None = ...,
+        **options: Any,
+    ) -> list[Tensor]: ...
+    def upscale(
+        self,
+        images: Any,
+        *,
+        size: int | None = None,
+        seed: int | Sequence[int] = 0,
+        output: Literal["pil", "tensor"] = "pil",
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[Image] | list[Tensor]:
+        """Pictures whose longer edge is `size` pixels (default: the model's largest), in their own aspect ratio.
+
+        `images` is a PIL image, a path, a tensor (3, H, W) in [-1, 1], or a list of those. Each is first reduced to
+        the input of the highest stage that it fills (256 px for 256 → 1024), then upsampled from there; a picture
+        that fills none is enlarged to the lowest. A single seed serves all pictures; a seed gives the same result
+        whatever else is upscaled. Options:
+        start: the input edge to begin at instead, such as 64;
+        steps: sampling steps of each stage;
+        noise_level: noise on the condition, for models trained with noise augmentation;
+        memory_limit: MiB for a picture in work beside the weights; what takes more runs in stripes, with equal result.
+        Returns PIL images, or with output="tensor" tensors (3, H, W) in [-1, 1]. Raises UsageError, UnclipError: no
+        picture, one that cannot be read, a size that the model does not reach, an option it does not know.
+        """
+        from unclip.data.images import to_pil
+        from upsamplers.upscale import upscale_picture
+
+        known = ("start", "steps", "noise_level", "memory_limit")
+        for name in options:
+            if name not in known:
+                raise UsageError(f"unknown option {name!r}; known: {', '.join(known)}")
+        limit = options.pop("memory_limit", None)
+        pictures = _pictures(images)
+        seeds = check_seeds(seed, len(pictures))
+        self.timings = Timings()
+        results = []
+        for picture, one in zip(pictures, seeds, strict=True):
+            heard = _clocked(self.timings.seconds, progress)
+            with torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext():
+                result = upscale_picture(
+                    self.upsamplers, picture, one, size=size, memory_limit=to_bytes(limit), progress=heard, **options
+                )
+            results.append(result.cpu())
+        return results if output == "tensor" else [to_pil(result) for result in results]
+
+
+class Upscaler(Upscaling):
+    """A model's upsamplers alone. `Upscaler.from_pretrained(name)` loads nothing else of it."""
+
+    def __init__(
+        self,
+        upsamplers: Sequence[UpsamplerStage],
+        name: str = "unnamed",
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.upsamplers, self.name = list(upsamplers), name
+        self.device, self.dtype = torch.device(device), dtype
+        self.timings = Timings()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = BUNDLED,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        size: int | None = None,
+        revision: str | None = None,
+    ) -> Upscaler:
+        """The upsamplers of a bundle up to `size`, or one upsampler by itself: the `model` folder of a run.
+
+        Raises UnclipError: no such folder, weights damaged, no such device; UsageError: no upsampler in it, or none
+        that makes `size`.
+        """
+        from upsamplers import UpsamplerStage
+        from upsamplers.upscale import check_reach
+
+        folder, place = resolve_model(name, revision=revision), resolve_device(device)
+        if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
+            stages = [UpsamplerStage.load(folder, place)]
+            label = folder.resolve().name
+        else:
+            manifest = read_manifest(folder)
+            parts: dict[str, str] = manifest["parts"]
+            stages = [UpsamplerStage.load(folder / parts[part], place) for part in PARTS[3:] if part in parts]
+            label = str(manifest.get("name") or "unnamed")
+        check_reach([stage.config.high_size for stage in stages], size)
+        return cls(stages, label, place, dtype)
+
+
+def _clocked(seconds: dict[str, float], progress: Progress | None) -> Progress:
+    """A listener that adds up the seconds of each stage and passes on what it hears."""
+    last = time.perf_counter()
+
+    def hear(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds[stage] = seconds.get(stage, 0.0) + now - last
+        last = now
+        if progress is not None:
+            progress(stage, done, total)
+
+    return hear
+
+
+def _pictures(images: Any) -> list[Any]:
+    """RGB pictures or tensors (3, H, W), from one or several of them or paths."""
+    from unclip.data.images import _to_rgb, load_image
+
+    if isinstance(images, Tensor) and images.ndim == 4:
+        images = list(images)
+    several = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not several:
+        raise UsageError("no image given")
+    loaded: list[Any] = []
+    for one in several:
+        if isinstance(one, (str, Path)):
+            loaded.append(load_image(one))
+        elif isinstance(one, Tensor):
+            loaded.append(one)
+        elif hasattr(one, "convert"):
+            loaded.append(_to_rgb(one))
+        else:
+            raise UnclipError(f"an image of type {type(one).__name__}; expected a path, a PIL image or a tensor")
+    return loaded
