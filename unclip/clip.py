@@ -194,6 +194,34 @@ class FrozenCLIP(nn.Module):
             )
 
 
+def architecture(name: str) -> dict[str, Any] | None:
+    """open_clip's `model_cfg` of an architecture ('ViT-L-14', or 'ViT-L-14/openai'); None where it knows none of that
+    name. Nothing is downloaded.
+    """
+    import open_clip
+
+    if ":" in name:  # a Hub id, which open_clip would look up there
+        return None
+    found: dict[str, Any] | None = open_clip.get_model_config(name.split("/")[0])
+    return found
+
+
+def build_architecture(config: dict[str, Any]) -> nn.Module:
+    """An open_clip CLIP of a `model_cfg`, with fresh weights and without a tokenizer, on the default device."""
+    import open_clip
+
+    text = {key: value for key, value in config["text_cfg"].items() if key != "tokenizer_kwargs"}
+    kind = open_clip.model.CustomTextCLIP if config.get("custom_text") else open_clip.model.CLIP
+    return kind(  # type: ignore[no-any-return]
+        config["embed_dim"],
+        dict(config["vision_cfg"]),
+        text,
+        quick_gelu=config.get("quick_gelu", False),
+        nonscalar_logit_scale=True,
+        output_dict=True,
+    )
+
+
 def build_trainable(config: dict[str, Any], folder: Path | None = None) -> tuple[nn.Module, Any]:
     """A new open_clip CLIP from a `model_cfg` dictionary, with its tokenizer: what train_clip.py trains.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from unclip.cli import draw, inspect
+from unclip.cli.plan import params, plan
 from unclip.cli.statistics import statistics
 from unclip.cli.upscale import upscale
 
@@ -53,5 +54,7 @@ for command in (
     inspect.bundle,
     inspect.info,
     statistics,
+    params,
+    plan,
 ):
     app.command()(command)

@@ -1,0 +1,32 @@
+"""What a training run will need: parameters, FLOPs, memory, time and data, counted on networks without weights.
+
+Nothing here computes a value: networks are built and run on tensors that have a shape, a type and a lifetime, and no
+memory behind them. So a laptop plans the largest run within a minute.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unclip.planning.gpus import GPUS, Gpu, find_gpu
+    from unclip.planning.parameters import count_parameters
+    from unclip.planning.recipe import Recipe, read_recipe
+    from unclip.planning.report import PlanOptions, plan
+
+__all__ = ["GPUS", "Gpu", "PlanOptions", "Recipe", "count_parameters", "find_gpu", "plan", "read_recipe"]
+
+_HOME = {
+    **dict.fromkeys(("GPUS", "Gpu", "find_gpu"), "gpus"),
+    "count_parameters": "parameters",
+    **dict.fromkeys(("PlanOptions", "plan"), "report"),
+    **dict.fromkeys(("Recipe", "read_recipe"), "recipe"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
