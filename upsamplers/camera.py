@@ -25,16 +25,18 @@ _DIAGONAL = ((0, 0, -1.5, 0, 0), (0, 2, 0, 2, 0), (-1.5, 0, 6, 0, -1.5), (0, 2, 
 def random_camera(image: Tensor, config: CameraConfig, generator: torch.Generator) -> Tensor:
     """(1, 3, h, w) in [-1, 1], photographed by a camera whose noise and white balance are drawn."""
     gains = image.new_tensor([between(config.red_gain, generator), 1.0, between(config.blue_gain, generator)])
+    gains = gains.view(1, 3, 1, 1)
     low, high = (math.log(bound) for bound in config.shot_noise)
     log_shot = between((low, high), generator)
     spread = float(torch.randn((), generator=generator, device=generator.device))
     log_read = 2.18 * log_shot + 1.2 + config.read_noise_spread * spread  # Brooks et al., eq. 4
-    light = to_light(image) / gains.view(1, 3, 1, 1)
+    light = to_light(image) / gains
+    shot, read = math.exp(log_shot), math.exp(log_read)
     if min(image.shape[-2:]) < 3:  # a mosaic needs more; each channel is exposed by itself
-        exposed = sensor_noise(light, math.exp(log_shot), math.exp(log_read), generator)
-    else:
-        exposed = demosaic(sensor_noise(mosaic(light), math.exp(log_shot), math.exp(log_read), generator))
-    return from_light(exposed * gains.view(1, 3, 1, 1))
+        return from_light(sensor_noise(light, shot, read, generator) * gains)
+    # Balanced before it is interpolated: demosaicking expects the channels of grey things to be equal.
+    balanced = sensor_noise(mosaic(light), shot, read, generator) * mosaic(gains.expand_as(light))
+    return from_light(demosaic(balanced))
 
 
 def sensor_noise(light: Tensor, shot: float, read: float, generator: torch.Generator) -> Tensor:
