@@ -175,21 +175,37 @@ def read_names(path: Path, known: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-def collect(source: Path, names_file: Path | None) -> list[Emoji]:
+def collect(source: Path, names_file: Path | None, natural: bool = False) -> list[Emoji]:
     """Everything to draw, in the source's order, with captions judged against the whole set."""
     rows = read_rows(source)
     owners = keyword_owners(rows)
+    phrased = natural_captions(source, rows) if natural else {}
     wanted = None if names_file is None else set(read_names(names_file, [r["name"] for r in rows]))
     found = []
     for row in rows:
         if wanted is not None and row["name"] not in wanted:
             continue
         stem = Path(row["file_name"]).stem
-        captions = build_captions(row, owners)
+        captions = phrased[row["name"]].captions if natural else build_captions(row, owners)
         meta = {"file_name": f"images/{stem}.png", "caption": captions[0], "captions": captions}
+        if natural:
+            meta |= {"held_out": phrased[row["name"]].held_out, "weak": phrased[row["name"]].weak}
         meta |= {key: row[key] for key in ("name", "keywords", "group", "emoji")}
         found.append(Emoji(source / row["file_name"], stem, meta))
     return found
+
+
+def natural_captions(source: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The captions of phrasings.py by name; the colour words are measured on small renders."""
+    from phrasings import colour_word, phrase_all  # beside this file; only this option needs it
+
+    colours: dict[str, str | None] = {}
+    for row in rows:
+        try:
+            colours[row["name"]] = colour_word(_draw(source / row["file_name"], width=32))
+        except ValueError:  # broken: writing reports it
+            colours[row["name"]] = None
+    return phrase_all(rows, colours)
 
 
 # ---------------------------------------------------------------- drawing
@@ -337,6 +353,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=positive, default=1024, help="side of the square pictures in pixels")
     parser.add_argument("--names", type=Path, help="file with the names to keep, one per line (# comments)")
     parser.add_argument("--format", choices=("folder", "webdataset"), default="folder")
+    parser.add_argument("--captions", choices=("names", "natural"), default="names", help="natural: phrasings.py")
     parser.add_argument("--workers", type=positive, default=2, help="processes that draw")
     return parser.parse_args(argv)
 
@@ -345,7 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the data set; returns the exit code."""
     args = parse(argv)
     try:
-        emoji = collect(args.source, args.names)
+        emoji = collect(args.source, args.names, args.captions == "natural")
         wanted = json.dumps([e.meta for e in emoji], sort_keys=True).encode()
         digest = hashlib.sha256(wanted).hexdigest()
         claim(args.out, {"size": args.size, "format": args.format, "content": digest})
