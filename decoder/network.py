@@ -100,7 +100,9 @@ class Decoder(nn.Module):
             time = time + summary
         if self.config.text_embedding_to_time:
             assert text_embedding is not None
-            null = self.null_text_embedding.to(text_embedding.dtype)
+            null: Tensor = self.null_text_embedding.to(text_embedding.dtype)
+            if self.config.null_text == "clip":
+                null = self._scaled(null)
             time = time + self.text_embedding_to_time(
                 torch.where(drop_text[:, None], null, self._scaled(text_embedding))
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ class FrozenT5(nn.Module):
         """
         transformers = _transformers()
         config = _config(name)
+        transformers.utils.logging.disable_progress_bar()
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # a whole T5's decoder is left unread on purpose
         try:
             model = transformers.AutoModelForTextEncoding.from_pretrained(name, config=config)
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
