@@ -7,72 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_prior import DIM, LENGTH, TOKEN, config, inputs, network, rand, sequence_of, text
 from torch import Tensor
 from torch.nn import functional as F
 
-from prior import DiffusionPriorStage, Prior, PriorConfig, PriorStage, prior_loss
+from prior import DiffusionPriorStage, PriorStage, prior_loss
 from prior.sampling import KIND, best_of
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
-from unclip.config import parse_config
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
-
-DIM, TOKEN, LENGTH = 12, 10, 6
-SMALL: dict[str, Any] = {
-    "embedding_dim": DIM,
-    "token_dim": TOKEN,
-    "text_length": LENGTH,
-    "width": 32,
-    "depth": 2,
-    "heads": 2,
-    "steps": 4,
-}
-
-
-def config(**changes: Any) -> PriorConfig:
-    return parse_config(PriorConfig, {**SMALL, **changes})
-
-
-def network(**changes: Any) -> Prior:
-    torch.manual_seed(0)
-    return Prior(config(**changes)).eval()
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def text(count: int, seed: int = 0) -> TextFeatures:
-    """Features as FrozenCLIP gives them: tokens beyond the end are masked."""
-    ends = torch.arange(count) % (LENGTH - 1) + 1
-    mask = torch.arange(LENGTH) <= ends[:, None]
-    tokens = rand(count, LENGTH, TOKEN, seed=seed) * mask[..., None]
-    return TextFeatures(tokens, mask, F.normalize(rand(count, DIM, seed=seed + 1), dim=1))
-
-
-def inputs(count: int = 2) -> dict[str, Tensor]:
-    features = text(count)
-    return {
-        "x_t": rand(count, DIM, seed=3),
-        "t": torch.arange(count) * 300 + 50,
-        "text_embedding": features.embedding,
-        "text_tokens": features.tokens,
-        "text_mask": features.mask,
-        "drop_text": torch.zeros(count, dtype=torch.bool),
-    }
-
-
-def sequence_of(prior: Prior, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What goes into the Transformer, and the mask."""
-    caught: list[Any] = []
-    handle = prior.transformer.register_forward_pre_hook(
-        lambda _module, args, kwargs: caught.append((args[0], kwargs["self_attn_kv_mask"])), with_kwargs=True
-    )
-    prior(**given)
-    handle.remove()
-    return caught[0]
-
 
 # ---- sequence and masks ------------------------------------------------------------------------------------
 
@@ -168,17 +112,17 @@ class Spy:
 
 
 def test_captions_are_dropped_for_one_sample_in_ten() -> None:
-    prior, spy, count = network(normalisation="scale"), Spy(), 4000
+    prior, spy, count = network(normalisation="scale"), Spy(), 100_000
     process, generator = GaussianDiffusion(prior.config.diffusion), torch.Generator().manual_seed(0)
     truth = F.normalize(rand(count, DIM, seed=5), dim=1)
     losses = prior_loss(spy, prior, process, prior.config, truth, text(count), generator)
     dropped = int(spy.dropped[0].sum())
-    assert 324 <= dropped <= 476  # 400 expected, ±4 standard deviations
+    assert 9620 <= dropped <= 10_380  # 10,000 expected, ±4 standard deviations
     assert set(losses) == {"mse", "loss", "cosine"} and all(v.shape == (count,) for v in losses.values())
     # Unit vectors times sqrt(dim) have elements of mean square 1: the loss of answering zero.
     assert torch.allclose(losses["loss"], torch.ones(count), atol=1e-5)
-    for rate, expected in ((0.0, 0), (1.0, count)):
-        prior_loss(spy, prior, process, config(drop_text=rate), truth, text(count), generator)
+    for rate, expected in ((0.0, 0), (1.0, 500)):
+        prior_loss(spy, prior, process, config(drop_text=rate), truth[:500], text(500), generator)
         assert int(spy.dropped[-1].sum()) == expected
 
 
@@ -300,20 +244,37 @@ def test_bad_configuration_is_explained(changes: dict[str, Any], message: str) -
 # ---- learning ----------------------------------------------------------------------------------------------
 
 
-def test_a_few_pairs_are_learned() -> None:
-    """Sampled embeddings of six memorised captions have a cosine above 0.95 with the truth."""
-    prior = network(width=64).train()
+MID = {"loss_weighting": "min_snr", "timestep_bias": 2.0}  # where a caption matters to ε and v
+
+
+@pytest.mark.parametrize(
+    "changes, steps, guidance",
+    [
+        ({}, 90, 1.0),
+        ({"diffusion": {"prediction": "epsilon", **MID}, "clip_range": 3.0}, 200, 3.0),
+        ({"diffusion": {"prediction": "v", **MID}, "clip_range": 3.0}, 200, 1.0),
+        ({"text_encoder": {"width": 32, "depth": 1, "heads": 2}}, 90, 1.0),
+        ({"null_text": "clip", "attention_bias": True, "norm_bias": True}, 90, 1.0),
+    ],
+    ids=["x_start", "epsilon", "v", "text_encoder", "karlo"],
+)
+def test_a_few_pairs_are_learned(changes: dict[str, Any], steps: int, guidance: float) -> None:
+    """Sampled embeddings of six memorised captions have a cosine above 0.9 with the truth."""
+    prior = network(width=64, depth=1, **changes).train()
     features, truth = text(6), F.normalize(rand(6, DIM, seed=40), dim=1)
     prior.mean.copy_(truth.mean(0))  # type: ignore[operator]
     prior.std.copy_(truth.std(0))  # type: ignore[operator]
+    if prior.config.null_text == "clip":
+        prior.store_null(text(1, seed=60), "unit")
     process, generator = GaussianDiffusion(prior.config.diffusion), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(prior.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3, fused=True)
     batch = torch.arange(6).repeat(6)
-    for _ in range(200):
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 30) * (1 - step / steps)
         losses = prior_loss(prior, prior, process, prior.config, truth[batch], features[batch], generator)
         optimizer.zero_grad()
         losses["loss"].mean().backward()
         optimizer.step()
-    drawn = DiffusionPriorStage(prior, prior.config).sample(features, range(6), steps=10)
+    drawn = DiffusionPriorStage(prior, prior.config).sample(features, range(6), steps=25, guidance=guidance)
     cosine = F.cosine_similarity(drawn, truth)
-    assert float(cosine.min()) > 0.95, cosine
+    assert float(cosine.min()) > 0.9, cosine
