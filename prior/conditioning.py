@@ -56,6 +56,10 @@ class TextEncoder(nn.Module):
 class TextConditioned(nn.Module):
     """The part of a prior that reads the caption. `drop_text` puts the null in its place for some samples."""
 
+    clip_null_tokens: Tensor
+    clip_null_mask: Tensor
+    clip_null_embedding: Tensor
+
     def __init__(self, config: SharedConfig) -> None:
         super().__init__()
         self.width, self.length = config.width, config.text_length
@@ -81,7 +85,7 @@ class TextConditioned(nn.Module):
     @property
     def has_null(self) -> bool:
         """False where the CLIP's features of the empty text ought to be stored and are not."""
-        return self.learned_null or bool(self.clip_null_mask.any())  # type: ignore[operator]
+        return self.learned_null or bool(self.clip_null_mask.any())
 
     def encode_text(
         self, text_embedding: Tensor, text_tokens: Tensor, text_mask: Tensor, drop_text: Tensor
