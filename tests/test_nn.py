@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from unclip.config import parse_config
 from unclip.errors import UsageError
 from unclip.nn import UNet, UNetConfig, timestep_embedding
-from unclip.nn.blocks import AttentionBlock, ResBlock, group_norm
+from unclip.nn.blocks import AttentionBlock, BlockOptions, ConvResample, ResBlock, group_norm
 
 CONTEXT = 12
 SMALL: dict[str, Any] = {
@@ -120,6 +122,8 @@ def test_time_and_samples_matter_and_samples_do_not_mix() -> None:
     [
         ({"num_res_blocks": [1, 1, 1]}, "names 3 levels, channel_mult 2"),
         ({"head_channels": 12}, "head_channels 12 does not divide the 32 channels"),
+        ({"head_channels": 12, "attention_resolutions": [], "middle_attention": True}, "does not divide the 32 chann"),
+        ({"channel_mult": [1, 1.3]}, r"channel_mult 1\.3 times model_channels 16 is no whole number of channels"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -188,16 +192,18 @@ def test_attention_agrees_with_a_naive_softmax() -> None:
 
 @pytest.mark.parametrize("channels, out", [(32, 32), (32, 64)])
 @pytest.mark.parametrize("resample", [None, "down", "up"])
-def test_residual_block_agrees_with_diffusers(channels: int, out: int, resample: str | None) -> None:
-    ours = randomised(ResBlock(channels, out, 24, resample=resample))
+@pytest.mark.parametrize("shift", [True, False])
+def test_residual_block_agrees_with_diffusers(channels: int, out: int, resample: str | None, shift: bool) -> None:
+    options = BlockOptions(scale_shift_norm=shift, norm_groups=16, norm_eps=1e-3)
+    ours = randomised(ResBlock(channels, out, 24, resample=resample, options=options))
     assert isinstance(ours, ResBlock)
     theirs = ResnetBlock2D(
         in_channels=channels,
         out_channels=out,
         temb_channels=24,
-        groups=32,
-        eps=1e-5,
-        time_embedding_norm="scale_shift",
+        groups=16,
+        eps=1e-3,
+        time_embedding_norm="scale_shift" if shift else "default",
         down=resample == "down",
         up=resample == "up",
         conv_shortcut=channels != out,
@@ -214,6 +220,60 @@ def test_residual_block_agrees_with_diffusers(channels: int, out: int, resample:
     theirs.eval()
     x, emb = rand(2, channels, 8, 8), rand(2, 24, seed=1)
     assert torch.allclose(ours(x, emb), theirs(x, emb), atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_plain_resampling_agrees_with_diffusers(direction: str) -> None:
+    ours = randomised(ConvResample(16, direction))
+    theirs = Downsample2D(16, use_conv=True, padding=1) if direction == "down" else Upsample2D(16, use_conv=True)
+    theirs.conv.load_state_dict(ours.conv.state_dict())
+    x, emb = rand(2, 16, 8, 6), rand(2, 24, seed=1)
+    assert torch.allclose(ours(x, emb), theirs(x), atol=1e-6)
+    assert ours(x, emb).shape[-2:] == ((4, 3) if direction == "down" else (16, 12))
+
+
+def test_network_without_scale_shift_and_residual_resampling() -> None:
+    network = unet(scale_shift_norm=False, resblock_updown=False, context=CONTEXT)
+    widths = {block.embedding.out_features // block.conv_in.out_channels for block in network.modules()
+              if isinstance(block, ResBlock)}  # fmt: skip
+    assert widths == {1}
+    kinds = [type(stage.res) for stage in network.down]
+    assert kinds == [ResBlock, ConvResample, ResBlock]
+    assert [type(stage.resample) for stage in network.up] == [type(None), ConvResample, type(None), type(None)]
+    randomised(network)
+    x, t = rand(2, 3, 16, 16), torch.tensor([10, 800])
+    output = network(x, t, context=rand(2, 5, CONTEXT))
+    assert output.shape == x.shape and not torch.allclose(output, network(x, t.flip(0)), atol=1e-3)
+
+
+@pytest.mark.parametrize("wanted, expected", [(None, False), (True, True), (False, False)])
+def test_attention_in_the_middle_may_be_asked_for(wanted: bool | None, expected: bool) -> None:
+    network = unet(attention_resolutions=[], middle_attention=wanted)
+    assert (network.middle.attention is not None) == expected
+    assert (unet(middle_attention=False).middle.attention is None) and unet().middle.attention is not None
+
+
+def test_levels_may_be_a_fraction_of_the_width() -> None:
+    network = unet(channel_mult=[0.5, 1.5], head_channels=24)
+    assert [stage.res.conv_out.out_channels for stage in network.down] == [8, 8, 24]
+    assert network.embedding_dim == 64
+    assert network.config.channel_mult == (0.5, 1.5) and unet().config.channel_mult == (1, 2)
+    assert all(isinstance(mult, int) for mult in unet().config.channel_mult)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype: torch.dtype) -> None:
+    """Computed in half, normalised in float32: a feature map too large for half's squares keeps its statistics."""
+    whole = randomised(unet(context=CONTEXT)).requires_grad_(False)
+    x, t, context = rand(2, 3, 16, 16), torch.tensor([10, 800]), rand(2, 5, CONTEXT)
+    exact = whole(x, t, context=context)
+    half = whole.to(dtype)
+    output = half(x, t, context=context.to(dtype))
+    assert output.dtype == torch.float32
+    assert float((output - exact).abs().mean()) < (0.03 if dtype == torch.bfloat16 else 0.004) * float(exact.std())
+    norm, large = group_norm(32).to(dtype), (3e4 * rand(1, 32, 4, 4).clamp(-2, 2)).to(dtype)
+    assert norm(large).dtype == dtype
+    assert torch.allclose(norm(large).float(), group_norm(32)(large.float()), atol=2e-2)
 
 
 def test_skip_is_concatenated_after_the_input() -> None:
