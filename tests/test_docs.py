@@ -119,9 +119,9 @@ def _build(recipe: Path) -> nn.Module:
             text = {key: value for key, value in shape["text_cfg"].items() if key != "tokenizer_kwargs"}
             return open_clip.model.CLIP(shape["embed_dim"], shape["vision_cfg"], text)
         if stage == "prior":
-            from prior import Prior, PriorRunConfig
+            from prior import PriorRunConfig, build_network
 
-            return Prior(load_config(PriorRunConfig, recipe).model)
+            return build_network(load_config(PriorRunConfig, recipe).model)
         if stage == "decoder":
             from decoder import Decoder, DecoderRunConfig
 
@@ -140,5 +140,5 @@ def test_recipes_parse_and_have_the_size_they_state(recipe: Path) -> None:
     stated = re.search(r"([\d,]{5,}) parameters", comment)
     if stated is not None:
         assert sum(p.numel() for p in network.parameters()) == int(stated[1].replace(",", ""))
-    if recipe.stem.startswith(("paper", "synthetic")) and recipe.parent.name != "upsampler":
+    if recipe.stem.startswith(("paper", "synthetic", "karlo")) and recipe.parent.name != "upsampler":
         assert stated is not None, "the recipe does not say how large its network is"
