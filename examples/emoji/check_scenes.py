@@ -178,7 +178,14 @@ def _mirrors(found: Scene) -> bool:
     return len(found.groups) > 1 or (found.relation in PLACES and found.relation != "middle")
 
 
-def prove(things: Sequence[Thing], count: int, size: int, seed: int = 1) -> dict[str, Any]:
+def worn(picture: Tensor, number: int) -> Tensor:
+    """A picture as a weak model might draw it: softened by 3×3 means, and with noise of deviation 0.05."""
+    soft = F.avg_pool2d(F.pad(picture[None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0]
+    noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(number))
+    return (soft + 0.05 * noise).clamp(0, 1)
+
+
+def prove(things: Sequence[Thing], count: int, size: int, seed: int = 1, wear: bool = False) -> dict[str, Any]:
     """Shares of true renders judged right, and of altered ones judged wrong; the misjudged are named."""
     eyes = Judge(things)
     by_name = {thing.name: thing for thing in things}
@@ -187,16 +194,18 @@ def prove(things: Sequence[Thing], count: int, size: int, seed: int = 1) -> dict
     caught = 0
     for index in range(count):
         expected = scene(things, index, seed, "held_out" if index % 2 else "trained")
-        seen = eyes.find(to_tensor(render(expected, by_name, size)))
+        picture = to_tensor(render(expected, by_name, size))
+        seen = eyes.find(worn(picture, index) if wear else picture)
         verdict = judge(expected, *seen)
         parts.update(key for key, ok in asdict(verdict).items() if ok)
         if not verdict.right:
             misjudged.append(f"{expected.captions[0]}: {seen[0]}, {', '.join(item.name for item in seen[1])}")
-        wrong = render(altered(expected, things, index), by_name, size)
-        caught += not judge(expected, *eyes.find(to_tensor(wrong))).right
+        wrong = to_tensor(render(altered(expected, things, index), by_name, size))
+        caught += not judge(expected, *eyes.find(worn(wrong, index) if wear else wrong)).right
     return {
         "scenes": count,
         "size": size,
+        "worn": wear,
         "true_right": 1 - len(misjudged) / count,
         **{f"true_{key}": parts[key] / count for key in ("objects", "count", "position", "background")},
         "altered_caught": caught / count,
@@ -216,10 +225,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--names", type=Path, help="file with the names to use, one per line (# comments)")
     parser.add_argument("--prove", type=positive, default=500, help="how many scenes")
     parser.add_argument("--size", type=positive, default=64)
+    parser.add_argument("--worn", action="store_true", help="on softened and noisy pictures")
     args = parser.parse_args(argv)
     try:
         names = read_names(args.names, [row["name"] for row in read_rows(args.source)]) if args.names else None
-        report = prove(vocabulary(args.source, names), args.prove, args.size)
+        report = prove(vocabulary(args.source, names), args.prove, args.size, wear=args.worn)
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

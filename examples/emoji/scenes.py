@@ -19,7 +19,7 @@ import multiprocessing
 import random
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -282,11 +282,18 @@ def write(things: Sequence[Thing], out: Path, count: int, size: int, seed: int, 
     claim(out, {"scenes": count, "size": size, "seed": seed, "split": split, "things": [t.name for t in things]})
     jobs = [(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
     work = partial(_shard, things=list(things), out=out, size=size, seed=seed, split=split)
-    done = 0
+    if workers == 1:
+        _report(map(work, jobs), count)
+        return
     with multiprocessing.Pool(workers) as pool:
-        for number in pool.imap_unordered(work, jobs):
-            done += number
-            print(f"{done} of {count} scenes", file=sys.stderr)
+        _report(pool.imap_unordered(work, jobs), count)
+
+
+def _report(numbers: Iterable[int], count: int) -> None:
+    done = 0
+    for number in numbers:
+        done += number
+        print(f"{done} of {count} scenes", file=sys.stderr)
 
 
 def sheet(things: Sequence[Thing], count: int, size: int, seed: int, split: str) -> Image.Image:
