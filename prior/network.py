@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from prior.conditioning import TextConditioned, causal_transformer
 from prior.config import PriorConfig
 from unclip.nn import timestep_embedding
+
+
+class CaptionPrefix(NamedTuple):
+    """What a caption leaves behind for the rest of the sequence: keys and values of its tokens and its embedding."""
+
+    cache: Any
+    mask: Tensor  # (B, L + 1), True = may be attended to
 
 
 class Prior(TextConditioned):
@@ -60,4 +69,26 @@ class Prior(TextConditioned):
         sequence = torch.cat([tokens, tail], dim=1) + self.positions  # (B, L + 4, W)
         mask = torch.cat([mask, mask.new_ones(len(x_t), 4)], dim=1)
         hidden = self.transformer(sequence, self_attn_kv_mask=mask)
+        return self.out(hidden[:, -1]).float()  # type: ignore[no-any-return]
+
+    def read(
+        self, *, text_embedding: Tensor, text_tokens: Tensor, text_mask: Tensor, drop_text: Tensor
+    ) -> CaptionPrefix:
+        """The caption's part of `forward`, for `continued`. The Transformer is causal and the caption stands first, so
+        that neither x_t nor t has a say in it.
+        """
+        tokens, text, mask = self.encode_text(text_embedding, text_tokens, text_mask, drop_text)
+        prefix = torch.cat([tokens, text.to(tokens.dtype)[:, None]], dim=1) + self.positions[: self.length + 1]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        _, cache = self.transformer(prefix, self_attn_kv_mask=mask, return_hiddens=True)
+        return CaptionPrefix(cache, mask)
+
+    def continued(self, x_t: Tensor, t: Tensor, prefix: CaptionPrefix) -> Tensor:
+        """What `forward` gives for x_t (B, E) and t (B,) behind a caption that was read: three tokens instead of L + 4.
+        """
+        time = self.time_in(timestep_embedding(t, self.width).to(self.query.dtype))
+        parts = [time, self.image_in(x_t), self.query.expand(len(x_t), -1)]
+        tail = torch.stack([part.to(self.query.dtype) for part in parts], dim=1) + self.positions[self.length + 1 :]
+        mask = torch.cat([prefix.mask, prefix.mask.new_ones(len(x_t), 3)], dim=1)
+        hidden = self.transformer(tail, self_attn_kv_mask=mask, cache=prefix.cache, cache_age=3)
         return self.out(hidden[:, -1]).float()  # type: ignore[no-any-return]

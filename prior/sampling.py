@@ -30,6 +30,7 @@ from unclip.diffusion import (
 )
 from unclip.diffusion.samplers import Callback
 from unclip.errors import UnclipError, UsageError
+from unclip.nn.prepared import PreparedNetwork
 
 KIND = "prior"
 
@@ -165,7 +166,7 @@ class DiffusionPriorStage(PriorStage):
         draft = self._prepare(text, seeds, candidates, scale)
         own = None if config.clip_range is None else static_clip(config.clip_range)
         clip = clip_from(config.diffusion.x_start_clip, own)
-        denoiser = make_denoiser(self._network, self.process, draft.condition, draft.null, scale, clip)
+        denoiser = make_denoiser(self._prepared(), self.process, draft.condition, draft.null, scale, clip)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
         noise = SeededNoise(draft.seeds)
         x = noise.draw((config.embedding_dim,), self.device)
@@ -175,11 +176,14 @@ class DiffusionPriorStage(PriorStage):
     def conditional(self, text: TextFeatures) -> Denoiser:
         """The denoiser of these captions, one embedding each, without guidance or clipping."""
         draft = self._prepare(text, [0] * len(text), 1, 1.0)
-        return make_denoiser(self._network, self.process, draft.condition)
+        return make_denoiser(self._prepared(), self.process, draft.condition)
 
-    def _network(self, x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+    def _prepared(self) -> PreparedNetwork:
+        """The network, which reads a caption once for all steps."""
         dtype = next(self.network.parameters()).dtype
-        return self.network(x.to(dtype), t, **conditioning)  # type: ignore[no-any-return]
+        return PreparedNetwork(
+            self.network.read, lambda x, t, prefix: self.network.continued(x.to(dtype), t, prefix)
+        )
 
 
 class AutoregressivePriorStage(PriorStage):

@@ -58,11 +58,15 @@ def make_denoiser(
         raise UsageError(f"guidance rescale is {rescale}, expected 0 (none) to 1")
     full = conditions[-1]
     branches, factors = ([full], []) if null is None else _needed(null, conditions, scales)
+    # The same tensors at every step, so that a network may keep what it makes of them (unclip.nn.prepared).
+    joined: dict[str, Tensor | None] = {}
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
         count, channels = len(branches), x_t.shape[1]
-        joined = {name: _join([branch[name] for branch in branches], full[name]) for name in full}
-        outputs = network(torch.cat([x_t] * count), torch.cat([t] * count), **joined).float().chunk(count)
+        if not joined:
+            joined.update({name: _join([branch[name] for branch in branches], full[name]) for name in full})
+        batch = {name: _plain(value) for name, value in joined.items()}
+        outputs = network(torch.cat([x_t] * count), torch.cat([t] * count), **batch).float().chunk(count)
         conditional = outputs[-1]
         mixed = outputs[0][:, :channels]
         for factor, before, after in zip(factors, outputs[:-1], outputs[1:], strict=True):
