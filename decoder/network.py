@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +12,18 @@ from decoder.config import DecoderConfig, GlideText
 from decoder.text import TextTransformer, null_text_state
 from unclip.clip import TextFeatures
 from unclip.nn import UNet, timestep_embedding
-from unclip.nn.blocks import zeroed
+from unclip.nn.blocks import ContextMemory, zeroed
+
+
+class ReadCondition(NamedTuple):
+    """What the U-Net takes of the conditioning."""
+
+    time: Tensor  # (B, 4·model_channels), added to the timestep embedding
+    context: Tensor | ContextMemory  # (B, N, C)
+    mask: Tensor  # (B, N), True = may be seen
+    seed: Tensor | None  # (B, channels, h, w) for the lowest feature map
+    known_image: Tensor | None = None
+    known: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -91,6 +104,52 @@ class Decoder(nn.Module):
         known_image (B, 3, H, W) and known (B, 1, H, W), 1 where the image is given and 0 where it is to be painted.
         -> (B, 3 or 6, H, W) float32.
         """
+        condition = self._read(
+            image_embedding, text_tokens, text_mask, drop_embedding, drop_text, text_embedding, noise_level
+        )
+        return self.conditioned(x_t, t, condition._replace(known_image=known_image, known=known))
+
+    def read(
+        self,
+        *,
+        image_embedding: Tensor,
+        text_tokens: Tensor,
+        text_mask: Tensor,
+        drop_embedding: Tensor,
+        drop_text: Tensor,
+        text_embedding: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        known_image: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> ReadCondition:
+        """What `forward` makes of the conditioning alone, down to every attention layer's keys and values of it, for
+        `conditioned`: neither x_t nor t has a say in it.
+        """
+        condition = self._read(
+            image_embedding, text_tokens, text_mask, drop_embedding, drop_text, text_embedding, noise_level
+        )
+        assert isinstance(condition.context, Tensor)
+        memory = ContextMemory(self.unet, condition.context)
+        return condition._replace(context=memory, known_image=known_image, known=known)
+
+    def conditioned(self, x_t: Tensor, t: Tensor, condition: ReadCondition) -> Tensor:
+        """What `forward` gives for x_t (B, 3, H, W) and t (B,) under conditioning that was read."""
+        if self.config.inpainting:
+            known_image, known = condition.known_image, condition.known
+            assert known_image is not None and known is not None
+            x_t = torch.cat([x_t, known_image * known, known], dim=1)
+        return self.unet(x_t, t, condition.time, condition.context, condition.mask, condition.seed)  # type: ignore[no-any-return]
+
+    def _read(
+        self,
+        image_embedding: Tensor,
+        text_tokens: Tensor,
+        text_mask: Tensor,
+        drop_embedding: Tensor,
+        drop_text: Tensor,
+        text_embedding: Tensor | None,
+        noise_level: Tensor | None,
+    ) -> ReadCondition:
         embedding = torch.where(
             drop_embedding[:, None], self.null_embedding.to(image_embedding.dtype), self._scaled(image_embedding)
         )
@@ -116,10 +175,7 @@ class Decoder(nn.Module):
         if self.seed is not None:
             size = self.unet.bottom_size
             seed = self.seed(embedding).unflatten(1, (-1, size, size))
-        if self.config.inpainting:
-            assert known_image is not None and known is not None
-            x_t = torch.cat([x_t, known_image * known, known], dim=1)
-        return self.unet(x_t, t, time, context, mask, seed)  # type: ignore[no-any-return]
+        return ReadCondition(time, context, mask, seed)
 
     def _caption(self, tokens: Tensor, mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """-> context tokens (B, L, C), their mask, and what the last token adds to the timestep embedding."""

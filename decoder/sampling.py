@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from decoder.config import DecoderConfig
 from decoder.inpainting import check_inpainting, keeping
-from decoder.network import Decoder
+from decoder.network import Decoder, ReadCondition
 from decoder.objective import augmented_embedding
 from decoder.text import text_embedding
 from unclip.bundle import load_part, load_strict, read_statistics
@@ -28,6 +28,7 @@ from unclip.diffusion import (
 )
 from unclip.diffusion.samplers import Callback
 from unclip.errors import UnclipError, UsageError
+from unclip.nn.prepared import PreparedNetwork
 
 KIND = "decoder"
 
@@ -146,10 +147,16 @@ class DecoderStage:
         yes = torch.ones_like(condition["drop_text"])
         dtype = next(self.network.parameters()).dtype
 
-        def network(x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-            cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
-            return self.network(x.to(dtype).contiguous(memory_format=torch.channels_last), t, **cast)  # type: ignore[no-any-return]
+        def cast(conditioning: dict[str, Any]) -> dict[str, Any]:
+            return {k: v.to(dtype) if v.is_floating_point() else v for k, v in conditioning.items()}
 
+        own: Any = self.network
+
+        def step(x: Tensor, t: Tensor, read: ReadCondition) -> Tensor:
+            return own.conditioned(x.to(dtype).contiguous(memory_format=torch.channels_last), t, read)  # type: ignore[no-any-return]
+
+        # The conditioning goes through the network once for all steps.
+        network = PreparedNetwork(lambda **conditioning: own.read(**cast(conditioning)), step)
         null = {**condition, "drop_embedding": yes, "drop_text": yes}
         scale = config.guidance if guidance is None else guidance
         text_scale = config.guidance_text if guidance_text is None else guidance_text

@@ -108,6 +108,21 @@ class ConvResample(nn.Module):
         return self.conv(x)  # type: ignore[no-any-return]
 
 
+class ContextMemory:
+    """Context tokens (B, N, D) as the attention layers of a network read them: keys and values, made once.
+
+    Context does not change over the steps of a sampling. A layer's are 2·channels numbers a token and sample.
+    """
+
+    def __init__(self, network: nn.Module, context: Tensor) -> None:
+        layers = [module for module in network.modules() if isinstance(module, AttentionBlock)]
+        self._read = {layer: layer.context_kv(context) for layer in layers if layer.context_kv is not None}
+
+    def of(self, layer: AttentionBlock) -> Tensor:
+        """(B, N, 2·channels): the keys, then the values."""
+        return self._read[layer]
+
+
 class AttentionBlock(nn.Module):
     """Self-attention over the feature map, with context tokens concatenated to keys and values (GLIDE, §2.1)."""
 
@@ -126,14 +141,17 @@ class AttentionBlock(nn.Module):
         self.context_kv = nn.Linear(context_dim, 2 * channels) if context_dim else None
         self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W); context (B, N, D); mask (B, N) bool, True = may be seen."""
+    def forward(
+        self, x: Tensor, context: Tensor | ContextMemory | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x (B, C, H, W); context (B, N, D), or what was read of it; mask (B, N) bool, True = may be seen."""
         batch, channels, height, width = x.shape
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, HW, C)
         q, k, v = self.qkv(tokens).chunk(3, dim=-1)
         seen = None
         if context is not None and self.context_kv is not None:
-            context_k, context_v = self.context_kv(context).chunk(2, dim=-1)
+            read = context.of(self) if isinstance(context, ContextMemory) else self.context_kv(context)
+            context_k, context_v = read.chunk(2, dim=-1)
             k, v = torch.cat([context_k, k], dim=1), torch.cat([context_v, v], dim=1)
             if mask is not None:
                 own = mask.new_ones(batch, height * width)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unclip.config import Config
-from unclip.nn.blocks import AttentionBlock, BlockOptions, ConvResample, ResBlock, group_norm, zeroed
+from unclip.nn.blocks import AttentionBlock, BlockOptions, ContextMemory, ConvResample, ResBlock, group_norm, zeroed
 from unclip.nn.embeddings import timestep_embedding
 
 
@@ -134,7 +134,7 @@ class UNet(nn.Module):
         x: Tensor,
         t: Tensor,
         embedding: Tensor | None = None,
-        context: Tensor | None = None,
+        context: Tensor | ContextMemory | None = None,
         context_mask: Tensor | None = None,
         bottom: Tensor | None = None,
     ) -> Tensor:
@@ -158,7 +158,7 @@ class UNet(nn.Module):
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h.float(), self.config.patch_size)
 
-    def _run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, module: nn.Module, *inputs: Tensor | ContextMemory | None) -> Tensor:
         if self.config.checkpoint_activations and self.training:
             result: Tensor = checkpoint(module, *inputs, use_reentrant=False)
             return result
@@ -178,7 +178,12 @@ class _Stage(nn.Module):
         self.res, self.attention, self.resample = res, attention, resample
 
     def forward(
-        self, h: Tensor, skip: Tensor | None, emb: Tensor, context: Tensor | None, mask: Tensor | None
+        self,
+        h: Tensor,
+        skip: Tensor | None,
+        emb: Tensor,
+        context: Tensor | ContextMemory | None,
+        mask: Tensor | None,
     ) -> Tensor:
         h = self.res(h, emb, skip)
         if self.attention is not None:
@@ -194,7 +199,12 @@ class _Middle(nn.Module):
         self.first, self.attention, self.last = first, attention, last
 
     def forward(
-        self, h: Tensor, skip: Tensor | None, emb: Tensor, context: Tensor | None, mask: Tensor | None
+        self,
+        h: Tensor,
+        skip: Tensor | None,
+        emb: Tensor,
+        context: Tensor | ContextMemory | None,
+        mask: Tensor | None,
     ) -> Tensor:
         h = self.first(h, emb)
         if self.attention is not None:
