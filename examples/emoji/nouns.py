@@ -69,7 +69,7 @@ EXTRA = {
 PAIRS = {"skis", "jeans", "shorts", "gloves", "socks", "briefs", "glasses", "goggles", "scissors"}
 # Last words of symbols that take an article though they are signs.
 OPEN_ARTICLE = {"circle", "square", "diamond", "heart", "button", "arrow", "loop", "cross", "sign", "mark", "balloon",
-                "bubble", "symbol", "badge", "star", "arrows", "triangle"} - {"arrows"}  # fmt: skip
+                "bubble", "symbol", "badge", "star", "triangle", "flag"}  # fmt: skip
 # Keywords that say how a face looks.
 SYNONYM_ADJECTIVES = {
     "angry", "mad", "happy", "sad", "tired", "sleepy", "sick", "scared", "surprised", "shocked", "cool", "silly",

@@ -27,9 +27,11 @@ CARRIERS = (
     "a cartoon of {}", "an icon of {}", "{}, flat drawing",
 )  # fmt: skip
 # Saturated hues by the angle in degrees where the next one begins.
-HUES = ((14, "red"), (44, "orange"), (68, "yellow"), (166, "green"), (255, "blue"), (292, "purple"), (344, "pink"))
-COLOURS = {*(name for _, name in HUES), "black", "white", "grey", "brown", "golden", "silver"}
+HUES = ((14, "red"), (40, "orange"), (68, "yellow"), (166, "green"), (255, "blue"), (312, "purple"), (344, "pink"))
+COLOURS = {*(name for _, name in HUES), "black", "white", "grey", "brown", "beige", "golden", "silver"}
 MOSTLY = 0.6  # share of the drawn pixels that makes a colour the picture's
+UNSEEN = NOT_DRAWN | {"glbt", "glbtq", "lgbtqia"}
+TIMES = re.compile(r" o'clock$|-thirty$")
 FACES = re.compile(r"\b(face|faces)\b")
 
 
@@ -69,9 +71,13 @@ def colour_shares(drawn: Image.Image) -> dict[str, float]:
     for (start, _), (_, name) in pairwise(HUES):
         names[hue >= start] = name
     names[hue >= HUES[-1][0]] = "red"
-    # A dark orange is what people call brown.
-    names[(hue >= 5) & (hue < 50) & (high < 0.72)] = "brown"
-    grey = chroma < 0.16 * np.maximum(high, 0.35)
+    # A dark or dull orange is what people call brown, a pale one beige, and a dull blue grey.
+    purity = chroma / np.maximum(high, 0.35)
+    warm = (hue >= 5) & (hue < 50)
+    names[warm & ((high < 0.72) | ((high < 0.93) & (purity < 0.72)))] = "brown"
+    names[warm & (high >= 0.85) & (purity < 0.42)] = "beige"
+    names[((hue >= 335) | (hue < 12)) & (high >= 0.85) & (purity < 0.5)] = "pink"
+    grey = purity < np.where((hue >= 170) & (hue < 260), 0.3, 0.16)
     names[grey] = np.select([high[grey] > 0.82, high[grey] < 0.32], ["white", "black"], "grey")
     return {name: count / len(names) for name, count in Counter(names.tolist()).most_common()}
 
@@ -96,10 +102,12 @@ def noun(name: str, group: str) -> str | None:
     name = plain(name)
     if name in CALLED:
         return CALLED[name]
+    if TIMES.search(name):
+        return None
     thing = with_article(name.lower(), group)
     if thing is not None:
         return restore_capitals(thing.split(" ", 1)[1], name)
-    if group == "Symbols" and ":" not in name and name.split()[-1] in OPEN_ARTICLE:
+    if group in {"Symbols", "Flags", "Other"} and ":" not in name and name.split()[-1] in OPEN_ARTICLE:
         return name
     return None
 
@@ -163,7 +171,7 @@ def natural(row: Mapping[str, Any], colour: str | None) -> list[str]:
     name, group = plain(row["name"]), row["group"]
     one, thing = noun(name, group), thing_of(name, group)
     whole = reworded(name, group)
-    found = [*([] if ":" in name and whole else [thing]), *EXTRA.get(name, ()), *whole]
+    found = [*([] if whole and (":" in name or TIMES.search(name)) else [thing]), *EXTRA.get(name, ()), *whole]
     face = bool(FACES.search(name))
     tinted = colour is not None and not (COLOURS | {"gray"}) & set(re.findall(r"[a-z]+", f"{one} {name}"))
     if one is not None and tinted and group not in {"People", "Flags"}:
@@ -185,7 +193,7 @@ def keyword_phrases(row: Mapping[str, Any], owners: Mapping[str, set[str]]) -> t
     name = plain(row["name"])
     in_name = {name.lower(), *re.split(r"[ ,:]+", name.lower())}
     in_name |= {f"{w}s" for w in in_name}
-    words = dict.fromkeys(plain(k).lower() for k in row["keywords"] if k not in NOT_DRAWN)
+    words = dict.fromkeys(plain(k).lower() for k in row["keywords"] if k not in UNSEEN)
     weak = [w for w in words if len(owners.get(w, ())) >= WEAK_FROM]
     told = [w for w in words if w not in in_name and len(w) > 2 and any(c.isalpha() for c in w)]
     told.sort(key=lambda w: len(owners.get(w, ())))  # the rarest tell most; ties keep their order
@@ -242,7 +250,8 @@ def split_off(name: str, kept: list[str], others: list[str], keyed: list[str]) -
             if words_of(text) <= rest:
                 held.append(text)
                 break
-    left = [text for text in everything if text not in held]
+    once = {text.lower(): text for text in reversed(everything)}  # "leo" and "Leo" are one
+    left = [text for text in everything if text not in held and once[text.lower()] == text]
     if len(left) > MAX_CAPTIONS:
         # Those that carry a held-out phrasing's words must stay.
         needed = set().union(set(), *(words_of(text) for text in held))
