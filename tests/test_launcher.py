@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from decoder import Decoder, DecoderStage
-from prior import Prior, PriorStage
+from prior import AutoregressivePriorStage, Prior, PriorStage, build_network
 from unclip.clip import FrozenCLIP, build_trainable
 from unclip.data.synthetic import render, scene
 from unclip.training.checkpoint import checkpoints
@@ -117,6 +117,26 @@ def test_prior_with_offline_wandb(tmp_path: Path, tiny_clip_folder: Path) -> Non
     assert 0 < float(stage.network.std.min()) < 1  # measured on the data
     torch.manual_seed(0)
     check_weights(stage.network, Prior(stage.config).state_dict())
+
+
+def test_autoregressive_prior(tmp_path: Path, tiny_clip_folder: Path) -> None:
+    model = {"kind": "autoregressive", "width": 16, "depth": 1, "heads": 2, "buckets": 16, "largest_error": 0.1}
+    model |= {"text_encoder": {"width": 16, "depth": 1, "heads": 2}, "null_text": "clip"}
+    body = {"clip": str(tiny_clip_folder), "statistics_batches": 1, "model": model}
+    run_dir = launch("prior", body, tmp_path, "train.zero_stage=2")
+    check_run(run_dir)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert all({"loss", "accuracy", "cosine"} <= set(row) for row in rows)
+    stage = PriorStage.load(run_dir / "model")
+    assert isinstance(stage, AutoregressivePriorStage) and stage.config.components is not None
+    codes = stage.network.codes
+    kept = codes.variances[: stage.config.components].sum() / codes.variances.sum()
+    assert 0.9 <= float(kept) < 1  # the data decided how many components there are
+    assert float(stage.network.dots.shares.sum()) == pytest.approx(1)
+    text = FrozenCLIP.load(str(tiny_clip_folder)).encode_text(["a red circle"])
+    assert stage.sample(text, [0], guidance=2.0).shape == (1, 16)
+    torch.manual_seed(0)
+    check_weights(stage.network, build_network(stage.config).state_dict())
 
 
 def test_decoder(tmp_path: Path, tiny_clip_folder: Path) -> None:
