@@ -1,10 +1,9 @@
 """Time `unclip sample` as a user meets it: a new process each run, wall seconds and peak memory.
 
-    python benchmarks/cold_start.py [--runs 5] [--sizes 64 1024] [--model emoji]
+    python -m benchmarks cold-start [--runs 5] [--sizes 64 1024] [--model emoji]
 
 The share that importing the libraries takes is measured in the same run, because machines differ and are shared:
-compare
-ratios, not seconds.
+compare ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -21,13 +20,14 @@ import time
 from pathlib import Path
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    _find_the_package()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--prompt", default="pizza")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     rows = {"import torch": measure([sys.executable, "-c", "import torch"], arguments.runs)}
     rows["import open_clip"] = measure([sys.executable, "-c", "import open_clip"], arguments.runs)
@@ -62,6 +62,10 @@ def measure(command: list[str], runs: int) -> dict[str, float]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "megabytes": max(peaks)}
 
 
-if __name__ == "__main__":
+def _find_the_package() -> None:
+    """The new processes run elsewhere, and may not have the package installed."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+
+
+if __name__ == "__main__":
     main()

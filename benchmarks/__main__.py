@@ -1,0 +1,29 @@
+"""python -m benchmarks networks …      the networks beside diffusers' and dalle2-pytorch's
+python -m benchmarks cold-start …    `unclip sample` as a user meets it, a new process each run
+
+Each has its own --help; docs/benchmarks.md holds what was measured.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(arguments: list[str]) -> None:
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name == "networks":
+        from benchmarks.networks import main as networks
+
+        networks(rest)
+    elif name == "cold-start":
+        from benchmarks.cold_start import main as cold_start
+
+        cold_start(rest)
+    elif name in ("-h", "--help"):
+        print(__doc__)
+    else:
+        sys.exit(f"unknown benchmark {name!r}; expected one of these:\n{__doc__}" if name else __doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
