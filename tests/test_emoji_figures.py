@@ -150,7 +150,7 @@ def test_a_folder_without_held_out_phrasings_is_told(world: SimpleNamespace, emo
 
 
 def test_the_table_says_what_was_asked_for_and_reached(world: SimpleNamespace) -> None:
-    report = {"model": "emoji", "names": {"identity": 0.95, "count": 8, "wrong": ["x"]}}
+    report = {"model": "emoji", "seed": 0, "names": {"identity": 0.95, "count": 8, "wrong": ["x"]}}
     report |= {"prior": {"cos_prediction_unrelated": 0.3}, "scenes": {"held_out": {"right": 0.59}}}
     lines = world.measure.markdown(report).splitlines()
     assert "| names.identity | 0.950 | ≥ 0.9 | yes |" in lines

@@ -267,7 +267,7 @@ def flat(report: dict[str, Any], above: str = "") -> dict[str, float]:
 def markdown(report: dict[str, Any]) -> str:
     """A table of the figures; what is asked for stands beside those that have a threshold."""
     lines = ["| figure | measured | asked for | reached |", "|---|---|---|---|"]
-    for key, value in flat(report).items():
+    for key, value in flat({figure: report[figure] for figure in FIGURES if figure in report}).items():
         asked = ASKED.get(key)
         limit = "" if asked is None else f"≤ {-asked:g}" if asked < 0 else f"≥ {asked:g}"
         reached = "" if asked is None else "yes" if (value <= -asked if asked < 0 else value >= asked) else "no"
