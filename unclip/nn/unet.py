@@ -9,6 +9,7 @@ the image's resolution, which is where small models should spend their compute.
 
 from __future__ import annotations
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -145,7 +146,10 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if embedding is not None:
             emb = emb + embedding
-        h = self.conv_in(F.pixel_unshuffle(x.to(dtype), self.config.patch_size))
+        # Convolutions follow their input's layout, and channels_last is the fast one. In training the weights stay
+        # contiguous, because DeepSpeed broadcasts them as flat memory.
+        folded = F.pixel_unshuffle(x.to(dtype), self.config.patch_size)
+        h = self.conv_in(folded.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, None, emb, context, context_mask)
