@@ -91,12 +91,14 @@ class EmbeddingCodes(nn.Module):
         return (self.high - self.low) / self.buckets
 
     def project(self, embedding: Tensor) -> Tensor:
-        """(B, E) -> coordinates along the components (B, K)."""
-        return (embedding - self.mean) @ self.components.T
+        """(B, E) -> coordinates along the components (B, K), float32: bfloat16 would be coarser than the buckets."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return (embedding.float() - self.mean) @ self.components.T
 
     def reconstruct(self, coordinates: Tensor) -> Tensor:
         """(B, K) -> (B, E); fewer than K coordinates leave the rest at the mean."""
-        return self.mean + coordinates @ self.components[: coordinates.shape[1]]
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return self.mean + coordinates @ self.components[: coordinates.shape[1]]
 
     def quantise(self, coordinates: Tensor) -> Tensor:
         """(B, K) -> codes (B, K); values beyond the measured ends go into the outermost buckets."""

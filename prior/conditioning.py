@@ -94,9 +94,10 @@ class TextConditioned(nn.Module):
         -> tokens (B, L, W), embedding (B, W), mask (B, L) True = may be attended to.
         """
         if not self.learned_null:
-            text_tokens = torch.where(drop_text[:, None, None], self.clip_null_tokens, text_tokens)
+            dtype = text_tokens.dtype
+            text_tokens = torch.where(drop_text[:, None, None], self.clip_null_tokens.to(dtype), text_tokens)
             text_mask = torch.where(drop_text[:, None], self.clip_null_mask, text_mask)
-            text_embedding = torch.where(drop_text[:, None], self.clip_null_embedding, text_embedding)
+            text_embedding = torch.where(drop_text[:, None], self.clip_null_embedding.to(dtype), text_embedding)
         if self.text_encoder is not None:
             text_tokens = self.text_encoder(text_tokens, text_mask)
         tokens = self.token_in(text_tokens)

@@ -54,7 +54,9 @@ class PriorStage(ABC):
         statistics = read_statistics(folder)
         if statistics is not None and isinstance(stage, DiffusionPriorStage):
             stage.process.use_statistics(statistics)
-        stage.network.to(device, dtype).requires_grad_(False)
+        stage.network.to(device).requires_grad_(False)
+        for parameter in stage.network.parameters():  # the statistics beside them stay float32
+            parameter.data = parameter.data.to(dtype)
         stage.device = torch.device(device)
         return stage
 

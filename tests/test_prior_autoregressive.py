@@ -314,6 +314,17 @@ def test_the_folder_is_whole_and_loads_as_its_own_kind(tmp_path: Path) -> None:
     assert torch.equal(after.sample(features, [1, 2]), before.sample(features, [1, 2]))
 
 
+def test_half_precision_leaves_the_statistics_whole(tmp_path: Path) -> None:
+    before = stage(null_text="clip")
+    before.network.store_null(text(1, seed=60), "unit")
+    save_part(tmp_path / "part", KIND, before.config, before.network.state_dict())
+    after = PriorStage.load(tmp_path / "part", dtype=torch.bfloat16)
+    assert after.network.out.weight.dtype == torch.bfloat16
+    assert torch.equal(after.network.codes.components, before.network.codes.components)
+    drawn = after.sample(text(3), [1, 2, 3], guidance=2.0)
+    assert drawn.dtype == torch.float32 and torch.allclose(drawn.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
 def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "part").mkdir()
     write_json(tmp_path / "part" / "config.json", {"format": 1, "kind": "prior", "config": {"kind": "flow"}})

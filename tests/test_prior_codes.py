@@ -81,6 +81,15 @@ def test_buckets_give_a_value_back_within_half_of_their_width() -> None:
     assert rounding < 1e-3 * float(codes.variances[6:].sum())
 
 
+def test_codes_are_the_same_where_training_computes_in_bfloat16() -> None:
+    data = correlated(300)
+    codes = codes_of(data, 6)
+    expected = codes.encode(data)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(codes.encode(data), expected)
+        assert codes.decode(expected).dtype == torch.float32
+
+
 def test_values_beyond_the_measured_ends_stay_in_the_last_bucket() -> None:
     codes = codes_of(correlated(), 3)
     far = codes.mean + 100 * codes.components[:1]
