@@ -35,7 +35,7 @@ class UNetShape:
     embedding: int = 768
     tokens: int = 77
     context: int = 256
-    guidance: float = 4.0
+    guidance: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ SIZES = {
 
 # ε̂ becomes x̂_0 by a division by sqrt(ᾱ), which at the last timestep of the cosine schedule makes 2·10⁴ of a rounding
 # error. Here two implementations can be compared.
-_HIGHEST_TIMESTEP = 900
+_HIGHEST_TIMESTEP = 800
 
 
 def kept_timesteps(steps: int) -> list[int]:

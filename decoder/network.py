@@ -138,6 +138,9 @@ class Decoder(nn.Module):
             known_image, known = condition.known_image, condition.known
             assert known_image is not None and known is not None
             x_t = torch.cat([x_t, known_image * known, known], dim=1)
+        # Convolutions follow their input's layout, and channels_last is the fast one. In training the weights stay
+        # contiguous, because DeepSpeed broadcasts them as flat memory.
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
         return self.unet(x_t, t, condition.time, condition.context, condition.mask, condition.seed)  # type: ignore[no-any-return]
 
     def _read(

@@ -132,7 +132,7 @@ def test_nearest_network_is_searched() -> None:
 
 
 def test_steps_are_evenly_spaced_below_the_noisiest() -> None:
-    assert kept_timesteps(4) == [0, 300, 600, 900]
+    assert kept_timesteps(5) == [0, 200, 400, 600, 800]
 
 
 # ---- command -----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ the image's resolution, which is where small models should spend their compute.
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -146,10 +145,7 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         if embedding is not None:
             emb = emb + embedding
-        # Convolutions follow their input's layout, and channels_last is the fast one. In training the weights stay
-        # contiguous, because DeepSpeed broadcasts them as flat memory.
-        folded = F.pixel_unshuffle(x.to(dtype), self.config.patch_size)
-        h = self.conv_in(folded.contiguous(memory_format=torch.channels_last))
+        h = self.conv_in(F.pixel_unshuffle(x.to(dtype), self.config.patch_size))
         skips = [h]
         for stage in self.down:
             h = self._run(stage, h, None, emb, context, context_mask)
