@@ -22,7 +22,7 @@ from torch import nn
 
 from decoder.config import DecoderRunConfig
 from prior.config import PriorRunConfig
-from unclip.config import OptimizerConfig, TrainConfig, WandbConfig
+from unclip.config import OptimizerConfig, TrainConfig, WandbConfig, parse_config
 from unclip.errors import UnclipError, UsageError
 from unclip.training import Distributed, main_for
 from unclip.training.checkpoint import checkpoints, load_checkpoint
@@ -324,3 +324,22 @@ def test_a_killed_run_continues_to_the_same_weights(recipe: dict[str, Path], tmp
         assert (whole / "model" / name).read_bytes() == (cut / "model" / name).read_bytes()
     kept = [path.name for path in checkpoints(cut / "checkpoints")]
     assert kept == [f"step-{STEPS - 4:08d}", f"step-{STEPS:08d}"]
+
+
+def test_a_run_begun_before_an_option_existed_goes_on(tmp_path: Path) -> None:
+    """Its recorded configuration lacks the option, whose default does what was done then."""
+    from unclip.training.distributed import current
+    from unclip.training.loop import _open_run
+
+    config = parse_config(PriorRunConfig, {"clip": "somewhere", "model": {"width": 32, "heads": 2}})
+    body = config.model_dump(mode="json")
+    for later in ("kind", "attention_bias", "text_encoder"):
+        del body["model"][later]
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(body))
+    _open_run(run_dir, config, current())
+    assert yaml.safe_load((run_dir / "config.yaml").read_text()) == config.model_dump(mode="json")
+    changed = parse_config(PriorRunConfig, {"clip": "somewhere", "model": {"width": 64, "heads": 2}})
+    with pytest.raises(UnclipError, match="holds a run of another model"):
+        _open_run(run_dir, changed, current())
