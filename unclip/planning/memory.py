@@ -61,12 +61,13 @@ def model_states(parameters: int, trainable: int, zero_stage: int, gpus: int, ac
     whole, own = _FLOAT32 * trainable, _share(_FLOAT32 * trainable, gpus)
     if zero_stage == 0:
         # All gradients are reduced at the end of the backward pass, a bucket's worth of copies at a time.
-        copies = min(whole, _FLOAT32 * _REDUCE_BUCKET) if gpus > 1 else 0
+        copies = min(whole, _FLOAT32 * _REDUCE_BUCKET)
         return States(_FLOAT32 * parameters, moments, _FLOAT32 * parameters, whole, copies)
     optimizer = own + _share(moments, gpus)  # with the partition's copy of the weights
     bucket = _FLOAT32 * _REDUCE_BUCKET
     if zero_stage == 1:
-        return States(_FLOAT32 * parameters, optimizer, _FLOAT32 * parameters, whole + own, bucket)
+        reduced = own if gpus > 1 else 0
+        return States(_FLOAT32 * parameters, optimizer, _FLOAT32 * parameters, whole + reduced, bucket)
     # The gradients of this micro-batch and, where several are accumulated, of those before it.
     gradients = own * (2 if accumulation > 1 else 1)
     if zero_stage == 2:

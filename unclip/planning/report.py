@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from unclip.planning.gpus import Gpu
 from unclip.planning.memory import Memory, memory
 from unclip.planning.parameters import count_parameters
 from unclip.planning.recipe import Recipe
-from unclip.planning.trace import StepTrace, planning_tensors
+from unclip.planning.trace import Flops, StepTrace, planning_tensors
 from unclip.planning.workload import open_workload
 from unclip.training import Distributed
 from unclip.training.engine import micro_batch_size
@@ -65,23 +64,13 @@ def plan(recipe: Recipe, options: PlanOptions) -> dict[str, Any]:
     micro, accumulation = _batches(train, options)
     with planning_tensors():
         workload = open_workload(recipe)
-        counted = count_parameters(recipe, workload.network)
         trace = StepTrace(workload.network, workload.run, bfloat16=train.precision == "bfloat16")
-    frozen = {name: _size(module) for name, module in workload.frozen.items()}
-    zero = train.zero_stage if options.zero_stage is None else options.zero_stage
-
-    def need(stage: int, batch: int) -> Memory:
-        return memory(
-            counted["total"],
-            counted["trainable"],
-            zero_stage=stage,
-            gpus=options.gpus,
-            accumulation=train.batch_size // options.gpus // batch,
-            frozen=sum(size["bytes"] for size in frozen.values()),
-            peak=lambda share: trace.peak(batch, share),
-        )
-
-    usable = options.gpu.memory_gib * _GIB * (1 - options.reserve)
+        counted = count_parameters(recipe, workload.network)
+        frozen = {name: _size(module) for name, module in workload.frozen.items()}
+        need = _Need(trace, counted, sum(size["bytes"] for size in frozen.values()), train.batch_size, options)
+        usable = options.gpu.memory_gib * _GIB * (1 - options.reserve)
+        by_stage = _memory_table(need, train, options, micro, usable)
+        step = trace.at(micro).flops
     return {
         "config": str(recipe.path),
         "stage": recipe.stage,
@@ -97,12 +86,37 @@ def plan(recipe: Recipe, options: PlanOptions) -> dict[str, Any]:
         },
         "parameters": {**counted, "frozen": {name: size["parameters"] for name, size in frozen.items()}},
         "batch": {"batch_size": train.batch_size, "micro_batch": micro, "accumulation": accumulation},
-        "flops": _flops(trace, micro),
-        "memory": {"zero_stage": zero, "by_stage": _memory_table(need, train, options, micro, usable)},
-        "time": _time(trace, train, options, micro, accumulation, peak),
+        "flops": _flops(step, micro),
+        "memory": {
+            "zero_stage": train.zero_stage if options.zero_stage is None else options.zero_stage,
+            "by_stage": by_stage,
+        },
+        "time": _time(step, train, options, accumulation, peak),
         "data": _data(recipe, options),
         "assumptions": [*recipe.assumptions, *workload.assumptions, *_assumptions(recipe, options)],
     }
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Memory of one GPU by ZeRO stage and micro-batch."""
+
+    trace: StepTrace
+    counted: dict[str, Any]
+    frozen: int
+    batch_size: int
+    options: PlanOptions
+
+    def __call__(self, zero_stage: int, micro: int) -> Memory:
+        return memory(
+            self.counted["total"],
+            self.counted["trainable"],
+            zero_stage=zero_stage,
+            gpus=self.options.gpus,
+            accumulation=self.batch_size // self.options.gpus // micro,
+            frozen=self.frozen,
+            peak=self.trace.at(micro).peak,
+        )
 
 
 def _batches(train: Any, options: PlanOptions) -> tuple[int, int]:
@@ -124,9 +138,8 @@ def _batches(train: Any, options: PlanOptions) -> tuple[int, int]:
     return options.micro_batch, share // options.micro_batch
 
 
-def _flops(trace: StepTrace, micro: int) -> dict[str, float]:
-    """FLOPs of one image, and the share of them that is neither frozen nor done twice."""
-    flops = trace.flops(micro)
+def _flops(flops: Flops, micro: int) -> dict[str, float]:
+    """FLOPs of one image."""
     return {
         "forward": flops.forward / micro,
         "backward": flops.backward / micro,
@@ -137,7 +150,7 @@ def _flops(trace: StepTrace, micro: int) -> dict[str, float]:
 
 
 def _memory_table(
-    need: Callable[[int, int], Memory], train: Any, options: PlanOptions, micro: int, usable: float
+    need: _Need, train: Any, options: PlanOptions, micro: int, usable: float
 ) -> dict[str, dict[str, Any]]:
     """By ZeRO stage: bytes at the planned micro-batch, whether they fit, and the largest micro-batch that does."""
     sizes = _divisors(train.batch_size // options.gpus)
@@ -153,10 +166,7 @@ def _memory_table(
     return table
 
 
-def _time(
-    trace: StepTrace, train: Any, options: PlanOptions, micro: int, accumulation: int, peak: float
-) -> dict[str, float | None]:
-    flops = trace.flops(micro)
+def _time(flops: Flops, train: Any, options: PlanOptions, accumulation: int, peak: float) -> dict[str, float | None]:
     step = accumulation * flops.total / (peak * 1e12 * options.mfu)
     days = train.steps * step / _SECONDS_A_DAY
     hours = days * 24 * options.gpus

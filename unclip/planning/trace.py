@@ -13,7 +13,8 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,8 @@ from unclip.planning.rules import GpuRules
 
 # Two batch sizes that take the same path through every objective give all others: sizes are affine in the batch.
 _PROBES = (3, 4)
+_PHASES = ("frozen", "forward", "backward", "recomputed")
+Run = Callable[[int, Callable[[], None]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class _Probe:
+class Probe:
     """One traced micro-batch. Series run over all births and deaths of storages: live bytes after each."""
 
     flops: Flops
@@ -54,46 +57,31 @@ class _Probe:
     gradients: np.ndarray
     forward_end: int  # index into the series
 
+    @property
+    def saved(self) -> float:
+        """Bytes that the forward pass leaves for the backward pass, the batch itself included."""
+        return float(self.activations[self.forward_end])
+
+    def peak(self, gradient_share: float = 0.0) -> float:
+        """Most bytes alive at any moment of a step beside weights and optimizer, with this share of the gradients."""
+        return float((self.activations + gradient_share * self.gradients).max())
+
 
 class StepTrace:
-    """FLOPs and memory of a training step as functions of the micro-batch.
+    """A training step as a function of the micro-batch; use this under `planning_tensors()`. Arguments as of
+    `trace_step`."""
 
-    `run(batch, frozen_done)` computes the mean loss of `batch` samples with `network` and calls `frozen_done()` when
-    the frozen encoders have spoken; call this under `planning_tensors()`.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        run: Callable[[int, Callable[[], None]], Tensor],
-        *,
-        bfloat16: bool,
-        gpu: bool = True,
-    ) -> None:
-        self._network, self._run, self._bfloat16, self._gpu = network, run, bfloat16, gpu
+    def __init__(self, network: nn.Module, run: Run, *, bfloat16: bool, gpu: bool = True) -> None:
+        self._trace = partial(trace_step, network, run, bfloat16=bfloat16, gpu=gpu)
         self._probes = {batch: self._trace(batch) for batch in _PROBES}
         first, second = self._probes.values()
         self.affine = len(first.activations) == len(second.activations) and first.forward_end == second.forward_end
 
-    def flops(self, batch: int) -> Flops:
-        """FLOPs of a micro-batch; a multiplication and an addition are two."""
-        probe = self._at(batch)
-        return probe.flops
-
-    def saved(self, batch: int) -> float:
-        """Bytes that the forward pass leaves for the backward pass, the batch itself included."""
-        probe = self._at(batch)
-        return float(probe.activations[probe.forward_end])
-
-    def peak(self, batch: int, gradient_share: float = 0.0) -> float:
-        """Most bytes alive at any moment of a step beside weights and optimizer, with this share of the gradients."""
-        probe = self._at(batch)
-        return float((probe.activations + gradient_share * probe.gradients).max())
-
-    def _at(self, batch: int) -> _Probe:
+    def at(self, batch: int) -> Probe:
+        """The step of a micro-batch of this size, worked out from two others."""
         if batch in self._probes:
             return self._probes[batch]
-        if not self.affine:
+        if not self.affine:  # another path at another size: walk it
             self._probes[batch] = self._trace(batch)
             return self._probes[batch]
         (low, first), (high, second) = self._probes.items()
@@ -102,47 +90,48 @@ class StepTrace:
         def between(a: Any, b: Any) -> Any:
             return a + share * (b - a)
 
-        flops = Flops(*(between(getattr(first.flops, n), getattr(second.flops, n)) for n in Flops.__dataclass_fields__))
-        return _Probe(
-            flops,
+        return Probe(
+            Flops(*map(between, astuple(first.flops), astuple(second.flops))),
             between(first.activations, second.activations),
             between(first.gradients, second.gradients),
             first.forward_end,
         )
 
-    def _trace(self, batch: int) -> _Probe:
-        for parameter in self._network.parameters():
-            parameter.grad = None
-        gc.collect()
-        watch = _Watch()
-        watch.ignore(self._network)
-        with ExitStack() as stack:
-            if self._gpu:
-                stack.enter_context(GpuRules())
-            stack.enter_context(watch)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
-                watch.phase = "frozen"
-                loss = self._run(batch, lambda: watch.enter("forward"))
-            end = len(watch.events) - 1
-            watch.enter("backward")
-            # Tensor.backward would switch off the rules, under which checkpointed parts run again.
-            engine = cast(Any, torch.autograd.Variable)._execution_engine
-            engine.run_backward(
-                (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
-            )
-            kept = {watch.serial(p.grad) for p in self._network.parameters() if p.grad is not None}
-        serials = np.array([serial for serial, _ in watch.events])
-        sizes = np.array([size for _, size in watch.events], dtype=np.float64)
-        of_gradients = np.isin(serials, list(kept))
-        probe = _Probe(
-            Flops(*(watch.flops[name] for name in ("frozen", "forward", "backward", "recomputed"))),
-            np.where(of_gradients, 0.0, sizes).cumsum(),
-            np.where(of_gradients, sizes, 0.0).cumsum(),
-            end,
-        )
-        for parameter in self._network.parameters():
-            parameter.grad = None
-        return probe
+
+def trace_step(network: nn.Module, run: Run, batch: int, *, bfloat16: bool, gpu: bool = True) -> Probe:
+    """Trace one step of `batch` samples; call this under `planning_tensors()`.
+
+    `run(batch, frozen_done)` computes the mean loss with `network` and calls `frozen_done()` when the frozen encoders
+    have spoken. `bfloat16` is autocast; `gpu` takes a GPU's rules for it instead of a CPU's.
+    """
+    parameters = list(network.parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    watch = _Watch()
+    with ExitStack() as stack:
+        if gpu:
+            stack.enter_context(GpuRules())
+        stack.enter_context(watch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = run(batch, lambda: watch.enter("forward"))
+        end = len(watch.events) - 1
+        watch.enter("backward")
+        # Tensor.backward would switch off the rules, under which checkpointed parts run again.
+        engine = cast(Any, torch.autograd.Variable)._execution_engine
+        seed = (torch.ones_like(loss),)
+        engine.run_backward((loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
+        kept = {watch.serial(p.grad) for p in parameters if p.grad is not None}
+    serials = np.array([serial for serial, _ in watch.events])
+    sizes = np.array([size for _, size in watch.events], dtype=np.float64)
+    of_gradients = np.isin(serials, list(kept))
+    for parameter in parameters:
+        parameter.grad = None
+    return Probe(
+        Flops(*(watch.flops[name] for name in _PHASES)),
+        np.where(of_gradients, 0.0, sizes).cumsum(),
+        np.where(of_gradients, sizes, 0.0).cumsum(),
+        end,
+    )
 
 
 class _Watch(TorchDispatchMode):
@@ -151,7 +140,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[int, int]] = []
-        self.flops = dict.fromkeys(("frozen", "forward", "backward", "recomputed"), 0.0)
+        self.flops = dict.fromkeys(_PHASES, 0.0)
         self.phase = "frozen"
         self._alive: dict[int, tuple[int, Any]] = {}
         self._count = 0
@@ -159,16 +148,14 @@ class _Watch(TorchDispatchMode):
     def enter(self, phase: str) -> None:
         self.phase = phase
 
-    def ignore(self, network: nn.Module) -> None:
-        """Leave out storages that are there before and after."""
-        for tensor in [*network.parameters(), *network.buffers()]:
-            self._alive[id(tensor.untyped_storage())] = (-1, tensor)
-
     def serial(self, tensor: Tensor) -> int:
         return self._alive[id(tensor.untyped_storage())][0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                self._follow(value, born=False)  # unknown until now: weights and tables, there before and after
         result = func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -177,25 +164,25 @@ class _Watch(TorchDispatchMode):
             self.flops["recomputed" if again else self.phase] += formula(*args, **kwargs, out_val=result)
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
-                if func is torch.ops.aten.lift_fresh.default:
-                    self._alive[id(value.untyped_storage())] = (-1, value)  # a constant table, made once
-                else:
-                    self._follow(value)
+                self._follow(value, born=func is not torch.ops.aten.lift_fresh.default)  # which wraps a constant
         return result
 
-    def _follow(self, tensor: Tensor) -> None:
+    def _follow(self, tensor: Tensor, *, born: bool) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._alive:
             return
-        serial, size = self._count, storage.nbytes()
-        self._count += 1
+        serial, size = -1, 0
+        if born:
+            serial, size = self._count, storage.nbytes()
+            self._count += 1
+            self.events.append((serial, size))
         self._alive[key] = (serial, weakref.ref(storage, lambda _: self._die(key, serial, size)))
-        self.events.append((serial, size))
 
     def _die(self, key: int, serial: int, size: int) -> None:
         self._alive.pop(key, None)
-        self.events.append((serial, -size))
+        if serial >= 0:
+            self.events.append((serial, -size))
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from unclip.clip import FrozenCLIP, TextFeatures, build_architecture, clip_loss
 from unclip.diffusion import GaussianDiffusion
 from unclip.planning.recipe import Recipe
+from unclip.planning.trace import Run
 from unclip.training import EmbeddingMemo
-
-Run = Callable[[int, Callable[[], None]], Tensor]
 
 
 @dataclass
