@@ -1,4 +1,4 @@
-"""Draw the figures of docs/mathematics.md from the code itself: `python docs/figures.py [--out docs/images]`."""
+"""Draw the documentation's figures from the code and the bundled model: `python docs/figures.py [--only NAME …]`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unclip.config import DiffusionConfig
@@ -38,10 +39,14 @@ def main() -> None:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     for name in arguments.only:
-        FIGURES[name]()
-        plt.savefig(out / f"{name}.png", dpi=90, bbox_inches="tight")
-        plt.close("all")
-        print(out / f"{name}.png")
+        file = out / f"{name}.png"
+        picture = FIGURES[name]()
+        if picture is None:
+            plt.savefig(file, dpi=90, bbox_inches="tight")
+            plt.close("all")
+        else:
+            picture.save(file, optimize=True)
+        print(file)
 
 
 def schedules() -> None:
@@ -158,7 +163,23 @@ def trajectory() -> None:
         row[0].set_ylabel(name)
 
 
-FIGURES: dict[str, Callable[[], None]] = {
+def gallery() -> Image.Image:
+    """Prompts at 1024 px, seed 0, each shown at a quarter of its size."""
+    from unclip import UnCLIP
+    from unclip.data import make_grid
+
+    model = UnCLIP.from_pretrained()
+    pictures = [image for prompt in GALLERY for image in model.sample(prompt, seed=0)]
+    return make_grid([image.resize((256, 256), Image.Resampling.LANCZOS) for image in pictures], columns=6)
+
+
+GALLERY = (
+    "pizza", "strawberry", "volcano", "penguin", "sailboat", "red apple",
+    "fox", "camera", "sunflower", "rocket", "basketball", "owl",
+)  # fmt: skip
+
+FIGURES: dict[str, Callable[[], Image.Image | None]] = {
+    "gallery": gallery,
     "schedules": schedules,
     "samplers": samplers,
     "variances": variances,
