@@ -112,37 +112,33 @@ def _readable(body: dict[str, Any]) -> str:
         f"batch               {batch['batch_size']:,} = {hardware['gpus']} GPUs × micro-batch {batch['micro_batch']} × "
         f"accumulation {batch['accumulation']}",
         "",
-        f"memory a GPU in GiB, of {_gib(hardware['usable_bytes'])} usable",
-        _memory_rows(memory, batch["micro_batch"]),
+        _memory_table(memory, hardware["usable_bytes"]),
         _verdict(memory, body),
         "",
         f"a step              {time['step_seconds']:.3g} s, {time['images_per_second']:,.0f} images/s, at "
         f"{hardware['mfu']:.0%} of {hardware['peak_teraflops']:g} TFLOP/s (model FLOPs alone: "
         f"{time['model_mfu']:.0%})",
-        f"{time['steps']:,} steps".ljust(20) + f"{time['days']:,.3g} days, {time['gpu_hours']:,.0f} GPU-hours, "
+        f"{time['steps']:,} steps".ljust(20) + f"{time['days']:.3g} days, {_count(time['gpu_hours'])} GPU-hours, "
         f"{time['total_flops']:.3g} FLOPs",
         f"data read           {data['images']:,} images of {data['image_size']} px, {_bytes(data['bytes'])}",
     ]
     if time["cost"] is not None:
-        lines.append(f"cost                {time['cost']:,.0f}")
+        lines.append(f"cost                {_count(time['cost'])}")
     return "\n".join([*lines, "", "Assumed:", *(f"- {text}" for text in body["assumptions"])])
 
 
-def _memory_rows(memory: dict[str, Any], micro: int) -> str:
+def _memory_table(memory: dict[str, Any], usable: int) -> str:
+    """Memory by ZeRO stage, in MiB for networks that need little."""
     keys = ("weights", "optimizer", "ema", "frozen", "gradients", "buffers", "activations", "total")
+    small = memory["by_stage"][str(memory["zero_stage"])]["total"] < 2**30
+    unit, size, digits = ("MiB", 2**20, 2) if small else ("GiB", 2**30, 1)
     rows = [["ZeRO", *keys, "fits", "largest micro-batch"]]
     for stage, row in memory["by_stage"].items():
         mark = "*" if int(stage) == memory["zero_stage"] else " "
-        largest = row["largest_micro_batch"]
-        rows.append(
-            [
-                f"{stage}{mark}",
-                *(_gib(row[key]) for key in keys),
-                "yes" if row["fits"] else "no",
-                "none" if largest is None else str(largest),
-            ]
-        )
-    return _table(rows)
+        numbers = [f"{row[key] / size:,.{digits}f}" for key in keys]
+        largest = "none" if row["largest_micro_batch"] is None else str(row["largest_micro_batch"])
+        rows.append([f"{stage}{mark}", *numbers, "yes" if row["fits"] else "no", largest])
+    return f"memory a GPU in {unit}, of {usable / size:,.0f} usable\n{_table(rows)}"
 
 
 def _verdict(memory: dict[str, Any], body: dict[str, Any]) -> str:
@@ -177,16 +173,16 @@ def _table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f}"
-
-
 def _si(number: float) -> str:
     """A number with three digits and its unit's prefix."""
     for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= factor:
             return f"{number / factor:.3g} {prefix}"
     return f"{number:.3g}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _bytes(number: float) -> str:

@@ -107,6 +107,8 @@ def _with_clip(stage: str, file: Path, config: Any) -> Recipe:
     assumptions = [told]
     if shape is not None and isinstance(body.get("text"), dict) and "vocab_size" in body["text"]:
         body["text"] = {**body["text"], "vocab_size": shape["text_cfg"].get("vocab_size", 49408)}
+    if isinstance(body.get("text"), dict) and body["text"].get("kind") == "t5":
+        body["text"] = {**body["text"], **_t5_width(body["text"]["name"])}
     if body.get("components", 0) is None:
         body["components"] = round(_PAPER_COMPONENTS * body["embedding_dim"])
         assumptions.append(
@@ -115,6 +117,13 @@ def _with_clip(stage: str, file: Path, config: Any) -> Recipe:
         )
     model = parse_config(type(config.model), body, origin=str(file))
     return Recipe(stage, file, config.model_copy(update={"model": model}), shape, tuple(assumptions))
+
+
+def _t5_width(name: str) -> dict[str, int]:
+    """The width of a T5-style encoder in a local folder; another's is the configuration's, and nothing is fetched."""
+    from decoder.t5 import FrozenT5
+
+    return {"width": FrozenT5.width_of(name)} if (Path(name) / "config.json").is_file() else {}
 
 
 def _find_clip(name: str, file: Path) -> tuple[dict[str, Any] | None, str]:

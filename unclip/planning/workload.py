@@ -67,7 +67,11 @@ def _clip(recipe: Recipe, network: nn.Module) -> Workload:
             output["logit_scale"].clamp(max=100),
         )
 
-    return Workload(network, {}, run, ["the contrastive loss is counted over one micro-batch, not over all of them"])
+    told = [
+        "the contrastive loss is counted over one micro-batch, not over those of all GPUs, which is a small difference",
+        "train.accumulation divides the batch within which images and captions are contrasted; more GPUs do not",
+    ]
+    return Workload(network, {}, run, told)
 
 
 def _prior(recipe: Recipe, network: nn.Module) -> Workload:
