@@ -140,6 +140,10 @@ class StripedMap:
             return self
         return StripedMap(self.shape, dtype, self.memory, lambda a, b: self.rows(a, b).to(dtype), [self])
 
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> StripedMap:
+        """The map as it is: its rows are kept channels_last."""
+        return self
+
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
         """Attention needs the whole map: it leaves the stripes here."""
         self.settle()
