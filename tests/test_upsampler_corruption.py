@@ -190,7 +190,7 @@ def test_the_noise_has_the_level_and_correlation_of_its_kind(kind: str, shares: 
 def test_the_mixing_matrix_has_eigenvalues_between_zero_and_one() -> None:
     random = generator()
     values = torch.cat([torch.linalg.eigvalsh(m @ m.T) for m in (bsrgan.random_mixing(3, random) for _ in range(300))])
-    assert -1e-9 <= float(values.min()) and float(values.max()) < 1
+    assert float(values.min()) >= -1e-9 and float(values.max()) < 1
     assert float(values.mean()) == pytest.approx(0.5, abs=0.05)
 
 
