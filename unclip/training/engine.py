@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> floa
 def start_engine(network: nn.Module, config: TrainConfig, distributed: Distributed) -> Any:
     """Wrap the network in a DeepSpeed engine with AdamW and the schedule of `config`. Parameters stay float32."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    _environment_of_one_process()
+    backend = "nccl" if distributed.device.type == "cuda" else "gloo"
+    _group_of_one(backend)
     import deepspeed
 
     if not deepspeed.comm.is_initialized():
@@ -49,7 +49,7 @@ def start_engine(network: nn.Module, config: TrainConfig, distributed: Distribut
             # Compiling this op takes minutes and a C++ compiler at the first start; gloo alone is as good on a few
             # cores.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if distributed.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
     network = network.to(distributed.device)
     options = config.optimizer
     # ZeRO-3 replaces the parameters, so their groups must be plain lists made before; norms and biases do not decay.
@@ -105,11 +105,12 @@ def gathered(parameter: Any) -> Any:
     return deepspeed.zero.GatheredParameters([parameter])
 
 
-def _environment_of_one_process() -> None:
-    """A run without a launcher is a group of one."""
+def _group_of_one(backend: str) -> None:
+    """A run without a launcher is a group of one. Its store is its own memory: a port that looks free now may be
+    another run's a moment later."""
     if "WORLD_SIZE" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # The port is never opened; without these DeepSpeed looks for MPI.
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
