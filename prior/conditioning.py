@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from x_transformers import Decoder as CausalTransformer
@@ -14,17 +16,22 @@ from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
 
 
+def _shape(config: SharedConfig | TextEncoderConfig) -> dict[str, Any]:
+    """x-transformers' arguments for a Transformer of this size."""
+    return {
+        "dim": config.width,
+        "depth": config.depth,
+        "heads": config.heads,
+        "attn_dim_head": config.width // config.heads,
+        "attn_dropout": config.dropout,
+        "ff_dropout": config.dropout,
+        "attn_flash": True,
+    }
+
+
 def causal_transformer(config: SharedConfig) -> nn.Module:
     """x-transformers' causal pre-norm Transformer with exact GELU, (B, N, W) -> (B, N, W)."""
-    transformer = CausalTransformer(
-        dim=config.width,
-        depth=config.depth,
-        heads=config.heads,
-        attn_dim_head=config.width // config.heads,
-        attn_dropout=config.dropout,
-        ff_dropout=config.dropout,
-        attn_flash=True,
-    )
+    transformer = CausalTransformer(**_shape(config))
     if config.attention_bias:
         _add_attention_biases(transformer)
     if config.norm_bias:
@@ -39,15 +46,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.token_in = nn.Linear(token_dim, config.width)
         self.positions = nn.Parameter(torch.randn(length, config.width) * 0.02)
-        self.transformer = BidirectionalTransformer(
-            dim=config.width,
-            depth=config.depth,
-            heads=config.heads,
-            attn_dim_head=config.width // config.heads,
-            attn_dropout=config.dropout,
-            ff_dropout=config.dropout,
-            attn_flash=True,
-        )
+        self.transformer = BidirectionalTransformer(**_shape(config))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.transformer(self.token_in(tokens) + self.positions, self_attn_kv_mask=mask)  # type: ignore[no-any-return]

@@ -90,7 +90,7 @@ def image_pixels(images: Any, size: int, device: torch.device | str = "cpu") -> 
 
     Files and PIL images are brought to (size, size), alpha laid on white.
     """
-    from unclip.data.images import _to_rgb, load_image, to_tensor
+    from unclip.data.images import load_image, to_rgb, to_tensor
 
     if isinstance(images, Tensor):
         batch = images[None] if images.ndim == 3 else images
@@ -102,5 +102,5 @@ def image_pixels(images: Any, size: int, device: torch.device | str = "cpu") -> 
     several = list(images) if isinstance(images, (list, tuple)) else [images]
     if not several:
         raise UsageError("no image given")
-    loaded = [load_image(item) if isinstance(item, (str, Path)) else _to_rgb(item) for item in several]
+    loaded = [load_image(item) if isinstance(item, (str, Path)) else to_rgb(item) for item in several]
     return torch.stack([to_tensor(image, size) for image in loaded]).to(device)

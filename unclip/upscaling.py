@@ -169,7 +169,7 @@ def _clocked(seconds: dict[str, float], progress: Progress | None) -> Progress:
 
 def _pictures(images: Any) -> list[Any]:
     """RGB pictures or tensors (3, H, W), from one or several of them or paths."""
-    from unclip.data.images import _to_rgb, load_image
+    from unclip.data.images import load_image, to_rgb
 
     if isinstance(images, Tensor) and images.ndim == 4:
         images = list(images)
@@ -183,7 +183,7 @@ def _pictures(images: Any) -> list[Any]:
         elif isinstance(one, Tensor):
             loaded.append(one)
         elif hasattr(one, "convert"):
-            loaded.append(_to_rgb(one))
+            loaded.append(to_rgb(one))
         else:
             raise UnclipError(f"an image of type {type(one).__name__}; expected a path, a PIL image or a tensor")
     return loaded

@@ -48,7 +48,7 @@ def decode_image(
             if min_edge is not None and image.format in ("JPEG", "MPO"):
                 image.draft(None, (min_edge, min_edge))
             image.load()
-            return _to_rgb(_upright(image))
+            return to_rgb(_upright(image))
     except ImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -145,7 +145,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _scale_to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

@@ -106,7 +106,7 @@ class StripedMap:
     ) -> Any:
         name = getattr(func, "__name__", str(func))
         if name not in _FUNCTIONS:
-            raise NotImplementedError(f"{name} cannot be run in stripes")
+            raise TypeError(f"{name} has no rule for running in stripes")
         return _FUNCTIONS[name](*args, **(kwargs or {}))
 
     def __add__(self, other: Any) -> StripedMap:
@@ -159,13 +159,13 @@ def _pointwise(function: Callable[..., Tensor]) -> Callable[..., StripedMap]:
 
 def _dropout(x: StripedMap, p: float = 0.5, training: bool = True, inplace: bool = False) -> StripedMap:
     if training and p:
-        raise NotImplementedError("a network runs in stripes in eval mode only")
+        raise RuntimeError("dropout is active; a network runs in stripes in eval mode only")
     return x
 
 
 def _cat(maps: Sequence[StripedMap | Tensor], dim: int = 0) -> StripedMap:
     if dim != 1:
-        raise NotImplementedError(f"concatenation along dimension {dim} cannot be run in stripes")
+        raise ValueError(f"stripes are concatenated along channels, dimension 1, not along dimension {dim}")
     memory = next(one.memory for one in maps if isinstance(one, StripedMap))
     nodes = [one if isinstance(one, StripedMap) else StripedMap.wrap(one, memory) for one in maps]
     batch, _, height, width = nodes[0].shape
