@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import peer_dalle2, peer_diffusers
 from benchmarks.contest import Contestant, parameters_of, training_step
-from benchmarks.machine import has_bfloat16
+from benchmarks.lineup import lineup, loaded, ours
 from benchmarks.shapes import UNetShape, captions, empty_caption, kept_timesteps, rand, timesteps
 from decoder import Decoder, DecoderConfig, DecoderStage
 from decoder.sampling import KIND
-from unclip.bundle import save_part
 from unclip.config import parse_config
 from unclip.interop.decoder import decoder_from_diffusers
 
 
 def contestants(shape: UNetShape, device: torch.device, compiled: bool = False) -> list[Contestant]:
     """Ours in eager float32 and with its defaults, then the peers that are installed."""
-    bench = _Bench(shape, device)
-    reduced = has_bfloat16(device)
-    found = [bench.ours("unclip, eager float32", False, False), bench.ours("unclip, defaults", reduced, compiled)]
-    if bench.theirs is not None:
-        found.append(bench.diffusers())
-    if peer_dalle2.INSTALLED:
-        found.append(peer_dalle2.decoder(shape, found[0].parameters, device))
-    return found
+    return lineup(
+        _Bench(shape, device), device, compiled, lambda parameters: peer_dalle2.decoder(shape, parameters, device)
+    )
 
 
 class _Theirs(nn.Module):
@@ -94,10 +85,7 @@ class _Bench:
     def ours(self, name: str, reduced: bool, compiled: bool) -> Contestant:
         """`reduced`: bfloat16, as `DecoderStage.load` gives it on a device that has it."""
         if name.endswith("defaults"):
-            with TemporaryDirectory() as folder:
-                save_part(Path(folder) / "decoder", KIND, self.config, self.state)
-                dtype = torch.bfloat16 if reduced else torch.float32
-                stage = DecoderStage.load(Path(folder) / "decoder", self.device, dtype)
+            stage = loaded(DecoderStage, KIND, self.config, self.state, self.device, reduced)
         else:
             plain = Decoder(self.config).to(self.device)
             plain.load_state_dict(self.state)
@@ -105,10 +93,6 @@ class _Bench:
         training = Decoder(self.config).to(self.device)
         training.load_state_dict(self.state)
         network = stage.network
-        parameters = parameters_of(network)
-        if compiled:
-            network.compile(dynamic=False)
-            training.compile(dynamic=False)
         dtype = next(network.parameters()).dtype
         assert self.text.norm is not None
         no = torch.zeros(self.shape.batch, dtype=torch.bool, device=self.device)
@@ -126,17 +110,16 @@ class _Bench:
         def forward() -> Tensor:
             return network(self.x.to(dtype), self.t, **cast)  # type: ignore[no-any-return]
 
-        return Contestant(
+        return ours(
             name,
-            parameters,
-            {
-                "forward": forward,
-                "training step": training_step(
-                    training, lambda net: net(self.x, self.t, **condition), self.target, reduced
-                ),
-                "sampling": lambda: stage.sample(self.image, self.seeds, text=self.text),
-            },
-            ("forward", "training step", "sampling"),
+            network,
+            training,
+            compiled,
+            forward=forward,
+            run=lambda net: net(self.x, self.t, **condition),
+            target=self.target,
+            reduced=reduced,
+            sampling=lambda: stage.sample(self.image, self.seeds, text=self.text),
         )
 
     def diffusers(self) -> Contestant:

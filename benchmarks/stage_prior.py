@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import torch
 from torch import Tensor
 
 from benchmarks import peer_dalle2, peer_diffusers
 from benchmarks.contest import Contestant, parameters_of, training_step
-from benchmarks.machine import has_bfloat16
+from benchmarks.lineup import lineup, loaded, ours
 from benchmarks.shapes import PriorShape, captions, empty_caption, kept_timesteps, rand, timesteps
 from prior import DiffusionPriorStage, Prior, PriorConfig, PriorStage
 from prior.sampling import KIND
-from unclip.bundle import save_part
 from unclip.config import parse_config
 from unclip.interop.prior import prior_from_diffusers
 
 
 def contestants(shape: PriorShape, device: torch.device, compiled: bool = False) -> list[Contestant]:
     """Ours in eager float32 and with its defaults, then the peers that are installed."""
-    bench = _Bench(shape, device)
-    reduced = has_bfloat16(device)
-    found = [bench.ours("unclip, eager float32", False, False), bench.ours("unclip, defaults", reduced, compiled)]
-    if bench.theirs is not None:
-        found.append(bench.diffusers())
-    if peer_dalle2.INSTALLED:
-        found.append(peer_dalle2.prior(shape, found[0].parameters, device))
-    return found
+    return lineup(
+        _Bench(shape, device), device, compiled, lambda parameters: peer_dalle2.prior(shape, parameters, device)
+    )
 
 
 class _Bench:
@@ -74,10 +65,7 @@ class _Bench:
         """`reduced`: bfloat16, as `PriorStage.load` gives it on a device that has it."""
         stage: PriorStage
         if name.endswith("defaults"):
-            with TemporaryDirectory() as folder:
-                save_part(Path(folder) / "prior", KIND, self.config, self.state)
-                dtype = torch.bfloat16 if reduced else torch.float32
-                stage = PriorStage.load(Path(folder) / "prior", self.device, dtype)
+            stage = loaded(PriorStage, KIND, self.config, self.state, self.device, reduced)
         else:
             stage = DiffusionPriorStage(Prior(self.config).to(self.device), self.config, self.device)
             stage.network.load_state_dict(self.state)
@@ -85,10 +73,6 @@ class _Bench:
         training = Prior(self.config).to(self.device)
         training.load_state_dict(self.state)
         network = stage.network
-        parameters = parameters_of(network)
-        if compiled:
-            network.compile(dynamic=False)
-            training.compile(dynamic=False)
         dtype = next(network.parameters()).dtype
         assert self.text.norm is not None
         condition = {
@@ -104,17 +88,16 @@ class _Bench:
         def forward() -> Tensor:
             return network(x, self.t, **cast)  # type: ignore[no-any-return]
 
-        return Contestant(
+        return ours(
             name,
-            parameters,
-            {
-                "forward": forward,
-                "training step": training_step(
-                    training, lambda net: net(self.x, self.t, **condition), self.target, reduced
-                ),
-                "sampling": lambda: stage.sample(self.text, self.seeds),
-            },
-            ("forward", "training step", "sampling"),
+            network,
+            training,
+            compiled,
+            forward=forward,
+            run=lambda net: net(self.x, self.t, **condition),
+            target=self.target,
+            reduced=reduced,
+            sampling=lambda: stage.sample(self.text, self.seeds),
         )
 
     def diffusers(self) -> Contestant:

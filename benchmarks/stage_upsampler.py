@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import peer_dalle2, peer_diffusers
 from benchmarks.contest import Contestant, parameters_of, training_step
-from benchmarks.machine import has_bfloat16
+from benchmarks.lineup import lineup, loaded, ours
 from benchmarks.shapes import UNetShape, kept_timesteps, rand, timesteps
-from unclip.bundle import save_part
 from unclip.config import parse_config
 from unclip.diffusion import GaussianDiffusion
 from unclip.interop.super_resolution import upsampler_from_diffusers
@@ -23,14 +19,9 @@ from upsamplers.sampling import KIND
 
 def contestants(shape: UNetShape, device: torch.device, compiled: bool = False) -> list[Contestant]:
     """Ours in eager float32 and with its defaults, then the peers that are installed."""
-    bench = _Bench(shape, device)
-    reduced = has_bfloat16(device)
-    found = [bench.ours("unclip, eager float32", False, False), bench.ours("unclip, defaults", reduced, compiled)]
-    if bench.theirs is not None:
-        found.append(bench.diffusers())
-    if peer_dalle2.INSTALLED:
-        found.append(peer_dalle2.upsampler(shape, found[0].parameters, device))
-    return found
+    return lineup(
+        _Bench(shape, device), device, compiled, lambda parameters: peer_dalle2.upsampler(shape, parameters, device)
+    )
 
 
 class _Bench:
@@ -79,10 +70,7 @@ class _Bench:
     def ours(self, name: str, reduced: bool, compiled: bool) -> Contestant:
         """`reduced`: bfloat16 autocast, as `UpsamplerStage.load` gives it on a device that has it."""
         if name.endswith("defaults"):
-            with TemporaryDirectory() as folder:
-                save_part(Path(folder) / "upsampler", KIND, self.config, self.state)
-                dtype = torch.bfloat16 if reduced else torch.float32
-                stage = UpsamplerStage.load(Path(folder) / "upsampler", self.device, dtype)
+            stage = loaded(UpsamplerStage, KIND, self.config, self.state, self.device, reduced)
         else:
             plain = Upsampler(self.config)
             plain.load_state_dict(self.state)
@@ -90,27 +78,22 @@ class _Bench:
         training = Upsampler(self.config).to(self.device)
         training.load_state_dict(self.state)
         network = stage.network.requires_grad_(False)
-        parameters = parameters_of(network)
-        if compiled:
-            network.compile(dynamic=False)
-            training.compile(dynamic=False)
 
         @torch.inference_mode()
         def forward() -> Tensor:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=stage.dtype != torch.float32):
                 return network(self.x, self.t, self.low)  # type: ignore[no-any-return]
 
-        return Contestant(
+        return ours(
             name,
-            parameters,
-            {
-                "forward": forward,
-                "training step": training_step(
-                    training, lambda net: net(self.x, self.t, self.low), self.target, reduced
-                ),
-                "sampling": lambda: stage.sample(self.low, self.seeds),
-            },
-            ("forward", "training step", "sampling"),
+            network,
+            training,
+            compiled,
+            forward=forward,
+            run=lambda net: net(self.x, self.t, self.low),
+            target=self.target,
+            reduced=reduced,
+            sampling=lambda: stage.sample(self.low, self.seeds),
         )
 
     def diffusers(self) -> Contestant:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from decoder.sampling import DecoderStage
 from unclip.config import EpsilonStatistics
-from unclip.diffusion import Denoiser, measure_epsilon_statistics, pixel_noise_limit, timesteps_from
+from unclip.diffusion import measure_epsilon_statistics, pixel_noise_limit, timesteps_from
 from unclip.training import EmbeddingMemo
 
 _TIMESTEPS = 50
@@ -35,21 +33,11 @@ def measure_statistics(
     """
     process = stage.process
     specs = [min(_TIMESTEPS, process.timesteps), stage.config.steps] if timesteps is None else [timesteps]
-    kept = {t for spec in specs for t in timesteps_from(spec, process.timesteps)}
-    generator = torch.Generator().manual_seed(seed)
+    kept = sorted({t for spec in specs for t in timesteps_from(spec, process.timesteps)})
     with torch.inference_mode():
-        pairs = _pairs(stage, memo, batches, samples)
-        return measure_epsilon_statistics(pairs, process, sorted(kept), generator, pixel_noise_limit())
-
-
-def _pairs(
-    stage: DecoderStage, memo: EmbeddingMemo, batches: Iterable[Mapping[str, Any]], samples: int
-) -> Iterator[tuple[Denoiser, Tensor]]:
-    left = samples
-    for batch in islice(batches, samples):
-        if left <= 0:
-            return
-        image, captions = batch["image"][:left], list(batch["caption"][:left])
-        left -= len(image)
-        embedding = memo.encode_image(image.to(memo.clip.device))
-        yield stage.conditional(embedding, memo.encode_text(captions)), image.to(stage.device)
+        pairs = (
+            (stage.conditional(embedding, text), image.to(stage.device))
+            for image, embedding, text in memo.first(batches, samples)
+        )
+        generator = torch.Generator().manual_seed(seed)
+        return measure_epsilon_statistics(pairs, process, kept, generator, pixel_noise_limit())

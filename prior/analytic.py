@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prior.sampling import DiffusionPriorStage, PriorStage
 from unclip.bundle import save_statistics
 from unclip.config import EpsilonStatistics
-from unclip.diffusion import Denoiser, measure_epsilon_statistics, timesteps_from
+from unclip.diffusion import measure_epsilon_statistics, timesteps_from
 from unclip.errors import UsageError
 from unclip.training import EmbeddingMemo
 
@@ -37,12 +35,15 @@ def measure_statistics(
     if not isinstance(stage, DiffusionPriorStage):
         raise UsageError("this prior is autoregressive, so there is no noise prediction to measure; it has no steps")
     process = stage.process
-    spread = min(_TIMESTEPS, process.timesteps)
-    specs = [spread, stage.config.steps] if timesteps is None else [timesteps]
-    kept = {t for spec in specs for t in timesteps_from(spec, process.timesteps)}
-    generator = torch.Generator().manual_seed(seed)
+    specs = [min(_TIMESTEPS, process.timesteps), stage.config.steps] if timesteps is None else [timesteps]
+    kept = sorted({t for spec in specs for t in timesteps_from(spec, process.timesteps)})
     with torch.inference_mode():
-        return measure_epsilon_statistics(_pairs(stage, memo, batches, samples), process, sorted(kept), generator)
+        pairs = (
+            (stage.conditional(text), stage.network.normalise(embedding.to(stage.device)))
+            for _, embedding, text in memo.first(batches, samples)
+        )
+        generator = torch.Generator().manual_seed(seed)
+        return measure_epsilon_statistics(pairs, process, kept, generator)
 
 
 def store_statistics(
@@ -51,16 +52,3 @@ def store_statistics(
     """Measure an exported prior and keep the result in its folder."""
     stage = PriorStage.load(folder, memo.clip.device)
     save_statistics(folder, measure_statistics(stage, memo, batches, samples))
-
-
-def _pairs(
-    stage: DiffusionPriorStage, memo: EmbeddingMemo, batches: Iterable[Mapping[str, Any]], samples: int
-) -> Iterator[tuple[Denoiser, Tensor]]:
-    left = samples
-    for batch in islice(batches, samples):
-        if left <= 0:
-            return
-        image, captions = batch["image"][:left], list(batch["caption"][:left])
-        left -= len(image)
-        embedding = memo.encode_image(image.to(memo.clip.device)).to(stage.device)
-        yield stage.conditional(memo.encode_text(captions)), stage.network.normalise(embedding)

@@ -38,13 +38,17 @@ def config(**changes: Any) -> DecoderConfig:
 def network(**changes: Any) -> Decoder:
     """Nothing is zero, so that every input reaches the output."""
     torch.manual_seed(0)
-    decoder = Decoder(config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    decoder = randomised(Decoder(config(**changes)))
     if decoder.config.null_text == "clip":
         decoder.set_null_text(text(1, seed=90))
     return decoder.requires_grad_(False)
+
+
+def randomised(decoder: Decoder) -> Decoder:
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return decoder.eval()
 
 
 def stage(**changes: Any) -> DecoderStage:
@@ -65,6 +69,31 @@ def text(count: int, seed: int = 0) -> TextFeatures:
     mask = torch.arange(LENGTH) <= (torch.arange(count) % (LENGTH - 1) + 1)[:, None]
     tokens = rand(count, LENGTH, TOKEN, seed=seed) * mask[..., None]
     return TextFeatures(tokens, mask, unit(count, seed + 1), 1 + rand(count, seed=seed + 2).abs())
+
+
+def inputs(count: int = 2, size: int = SIZE) -> dict[str, Tensor]:
+    """What a decoder is called with, nothing dropped."""
+    features, no = text(count), torch.zeros(count, dtype=torch.bool)
+    return {
+        "x_t": rand(count, 3, size, size, seed=3),
+        "t": torch.arange(count) * 300 + 50,
+        "image_embedding": unit(count, 7),
+        "text_tokens": features.tokens,
+        "text_mask": features.mask,
+        "drop_embedding": no,
+        "drop_text": no,
+    }
+
+
+class Spy:
+    """Records the conditioning; answers with zeros of twice the channels."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Tensor]] = []
+
+    def __call__(self, x_t: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+        self.calls.append(conditioning)
+        return torch.zeros(len(x_t), 6, *x_t.shape[2:])
 
 
 def pictures(count: int) -> Tensor:

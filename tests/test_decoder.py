@@ -5,81 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import helpers_decoder
 import pytest
 import torch
+from helpers_decoder import CONTEXT, DIM, LENGTH, TOKEN, Spy, rand, randomised, text, unit
 from torch import Tensor
-from torch.nn import functional as F
 
 from decoder import Decoder, DecoderConfig, DecoderStage, decoder_loss
 from decoder.objective import noised_embedding
 from decoder.sampling import KIND
 from decoder.train import start_from
 from unclip.bundle import save_part
-from unclip.clip import TextFeatures
-from unclip.config import parse_config
 from unclip.data.synthetic import render, scene
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
 
-DIM, TOKEN, LENGTH, CONTEXT = 12, 10, 5, 16
-SMALL: dict[str, Any] = {
-    "embedding_dim": DIM,
-    "token_dim": TOKEN,
-    "text_length": LENGTH,
-    "context_dim": CONTEXT,
-    "steps": 3,
-    "unet": {
-        "image_size": 16,
-        "patch_size": 2,
-        "model_channels": 16,
-        "channel_mult": [1, 2],
-        "num_res_blocks": 1,
-        "attention_resolutions": [4],
-        "head_channels": 16,
-    },
+SIZE = 16
+UNET: dict[str, Any] = {
+    "image_size": SIZE,
+    "patch_size": 2,
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attention_resolutions": [4],
+    "head_channels": 16,
 }
 
 
 def config(**changes: Any) -> DecoderConfig:
-    return parse_config(DecoderConfig, {**SMALL, **changes})
+    return helpers_decoder.config(**{"unet": UNET, **changes})
 
 
 def network(**changes: Any) -> Decoder:
     """Nothing is zero, so that every input reaches the output."""
     torch.manual_seed(0)
-    decoder = Decoder(config(**changes)).eval()
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return decoder
+    return randomised(Decoder(config(**changes)))
 
 
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def unit(count: int, seed: int = 0) -> Tensor:
-    return F.normalize(rand(count, DIM, seed=seed), dim=1)
-
-
-def text(count: int, seed: int = 0) -> TextFeatures:
-    """Features as FrozenCLIP gives them: tokens beyond the end are masked."""
-    mask = torch.arange(LENGTH) <= (torch.arange(count) % (LENGTH - 1) + 1)[:, None]
-    tokens = rand(count, LENGTH, TOKEN, seed=seed) * mask[..., None]
-    return TextFeatures(tokens, mask, unit(count, seed + 1))
-
-
-def inputs(count: int = 2) -> dict[str, Tensor]:
-    features, no = text(count), torch.zeros(count, dtype=torch.bool)
-    return {
-        "x_t": rand(count, 3, 16, 16, seed=3),
-        "t": torch.arange(count) * 300 + 50,
-        "image_embedding": unit(count, 7),
-        "text_tokens": features.tokens,
-        "text_mask": features.mask,
-        "drop_embedding": no,
-        "drop_text": no,
-    }
+def inputs() -> dict[str, Tensor]:
+    return helpers_decoder.inputs(size=SIZE)
 
 
 class UNetSpy:
@@ -179,17 +143,6 @@ def test_output_channels_follow_the_variance(variance: str, channels: int) -> No
 
 
 # ---- objective ---------------------------------------------------------------------------------------------
-
-
-class Spy:
-    """Records the conditioning; answers with zeros of twice the channels."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Tensor]] = []
-
-    def __call__(self, x_t: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-        self.calls.append(conditioning)
-        return torch.zeros(len(x_t), 6, *x_t.shape[2:])
 
 
 def test_embedding_and_caption_are_dropped_independently() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_decoder import SIZE, config, network, overfit, pictures, rand, stage, text, unit
+from helpers_decoder import SIZE, config, inputs, network, overfit, pictures, rand, stage, text, unit
 from torch import Tensor
 
 from decoder import Decoder, DecoderStage
@@ -18,19 +18,6 @@ from unclip.bundle import save_part
 from unclip.errors import UnclipError, UsageError
 
 NO = torch.zeros(2, dtype=torch.bool)
-
-
-def given(count: int = 2) -> dict[str, Tensor]:
-    features, no = text(count), torch.zeros(count, dtype=torch.bool)
-    return {
-        "x_t": rand(count, 3, SIZE, SIZE, seed=3),
-        "t": torch.arange(count) * 300 + 50,
-        "image_embedding": unit(count, 7),
-        "text_tokens": features.tokens,
-        "text_mask": features.mask,
-        "drop_embedding": no,
-        "drop_text": no,
-    }
 
 
 def half_mask() -> Tensor:
@@ -80,7 +67,7 @@ def test_network_sees_the_known_part_and_where_it_is() -> None:
     assert decoder.unet.conv_in.weight.shape[1] == 7
     calls: list[tuple[Any, ...]] = []
     decoder.unet.register_forward_pre_hook(lambda _module, args: calls.append(args))
-    condition, image, known = given(), rand(2, 3, SIZE, SIZE, seed=8), (1 - half_mask()).expand(2, 1, -1, -1)
+    condition, image, known = inputs(), rand(2, 3, SIZE, SIZE, seed=8), (1 - half_mask()).expand(2, 1, -1, -1)
     decoder(**condition, known_image=image, known=known)
     assert torch.equal(calls[0][0], torch.cat([condition["x_t"], image * known, known], dim=1))
     # What is under the mask cannot be seen.
@@ -98,7 +85,7 @@ def test_inpainting_starts_from_a_plain_decoder(tmp_path: Path, patch_size: int)
     save_part(tmp_path / "part", KIND, source.config, source.state_dict())
     fresh = Decoder(config(unet=unet, inpainting=True)).eval()
     start_from(fresh, tmp_path / "part")
-    condition, image = given(), rand(2, 3, SIZE, SIZE, seed=8)
+    condition, image = inputs(), rand(2, 3, SIZE, SIZE, seed=8)
     answer = fresh(**condition, known_image=image, known=torch.ones(2, 1, SIZE, SIZE))
     assert torch.allclose(answer, source(**condition), atol=1e-6)
     loss = answer.square().sum()

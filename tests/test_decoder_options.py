@@ -7,7 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_decoder import DIM, LENGTH, SIZE, config, network, overfit, rand, stage, text, unit, worst_error
+from helpers_decoder import (
+    DIM,
+    LENGTH,
+    Spy,
+    config,
+    inputs,
+    network,
+    overfit,
+    stage,
+    text,
+    unit,
+    worst_error,
+)
 from torch import Tensor
 
 from decoder import Decoder, DecoderConfig, DecoderStage, decoder_loss
@@ -23,35 +35,11 @@ LEVELS: dict[str, Any] = {"embedding_noise_levels": 1000}
 NO = torch.zeros(2, dtype=torch.bool)
 
 
-def given(count: int = 2) -> dict[str, Tensor]:
-    features = text(count)
-    return {
-        "x_t": rand(count, 3, SIZE, SIZE, seed=3),
-        "t": torch.arange(count) * 300 + 50,
-        "image_embedding": unit(count, 7),
-        "text_tokens": features.tokens,
-        "text_mask": features.mask,
-        "drop_embedding": torch.zeros(count, dtype=torch.bool),
-        "drop_text": torch.zeros(count, dtype=torch.bool),
-    }
-
-
 def heard(decoder: Decoder) -> list[tuple[Any, ...]]:
     """What the U-Net is given: x_t, t, addition to the time embedding, context, context mask, bottom map."""
     calls: list[tuple[Any, ...]] = []
     decoder.unet.register_forward_pre_hook(lambda _module, args: calls.append(args))
     return calls
-
-
-class Spy:
-    """Records the conditioning; answers with zeros of twice the channels."""
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Tensor]] = []
-
-    def __call__(self, x_t: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
-        self.calls.append(conditioning)
-        return torch.zeros(len(x_t), 6, *x_t.shape[2:])
 
 
 def spied(count: int, own: DecoderConfig) -> dict[str, Tensor]:
@@ -79,7 +67,7 @@ def test_drops_counted_over_a_hundred_thousand_draws() -> None:
 def test_image_tokens_may_stand_first_and_interleaved() -> None:
     """With the token's index fastest, token k holds channels k, k + 4, k + 8, … of the projection."""
     decoder = network(image_tokens_first=True, image_tokens_interleaved=True)
-    calls, condition = heard(decoder), given()
+    calls, condition = heard(decoder), inputs()
     decoder(**condition)
     _, _, _, context, mask, _ = calls[-1]
     projected = decoder.embedding_to_tokens(condition["image_embedding"] * DIM**0.5)
@@ -91,7 +79,7 @@ def test_image_tokens_may_stand_first_and_interleaved() -> None:
 
 def test_text_embedding_is_added_to_time() -> None:
     decoder = network(text_embedding_to_time=True)
-    calls, condition, y = heard(decoder), given(), unit(2, 20)
+    calls, condition, y = heard(decoder), inputs(), unit(2, 20)
     decoder(**condition, text_embedding=y)
     z = condition["image_embedding"]
     expected = decoder.embedding_to_time(z * DIM**0.5) + decoder.text_embedding_to_time(y * DIM**0.5)
@@ -108,7 +96,7 @@ def test_text_embedding_is_added_to_time() -> None:
 
 def test_the_empty_texts_features_stand_for_a_dropped_caption() -> None:
     decoder = network(null_text="clip", text_embedding_to_time=True)
-    calls, condition, empty = heard(decoder), given(), text(1, seed=90)
+    calls, condition, empty = heard(decoder), inputs(), text(1, seed=90)
     decoder(**{**condition, "drop_text": ~NO}, text_embedding=unit(2, 20))
     dropped = calls[-1]
     tokens, mask = empty.tokens.expand(2, -1, -1), empty.mask.expand(2, -1)
@@ -154,7 +142,7 @@ def test_caption_and_embedding_have_scales_of_their_own() -> None:
     found = own.sample(z, [1, 2], text=features, guidance=3.0, guidance_text=1.5, **options)
     assert len(calls) == 1 and len(calls[0][0]) == 6
     x = calls[0][0][:2]
-    condition = {**given(), "x_t": x, "t": torch.tensor([600, 600]), "image_embedding": z}
+    condition = {**inputs(), "x_t": x, "t": torch.tensor([600, 600]), "image_embedding": z}
     null = own.network(**{**condition, "drop_embedding": ~NO, "drop_text": ~NO})[:, :3]
     image = own.network(**{**condition, "drop_text": ~NO})[:, :3]
     both = own.network(**condition)[:, :3]
@@ -216,7 +204,7 @@ def test_training_noises_the_embedding_and_tells_the_level() -> None:
 
 
 def test_the_level_reaches_the_network_unless_the_embedding_is_dropped() -> None:
-    decoder, condition = network(**LEVELS), given()
+    decoder, condition = network(**LEVELS), inputs()
     levels = [torch.tensor([0, 0]), torch.tensor([700, 700])]
     first, second = (decoder(**condition, noise_level=level) for level in levels)
     assert not torch.allclose(first, second, atol=1e-3)
@@ -253,7 +241,7 @@ def test_augmented_training_may_start_from_a_plain_decoder(tmp_path: Path) -> No
     save_part(tmp_path / "part", KIND, source.config, source.state_dict())
     fresh = Decoder(config(**LEVELS)).eval()
     start_from(fresh, tmp_path / "part")
-    condition = given()
+    condition = inputs()
     assert torch.allclose(fresh(**condition, noise_level=torch.tensor([3, 800])), source(**condition), atol=1e-6)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_prior import DIM, LENGTH, TOKEN, rand, text
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +29,7 @@ from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.errors import UnclipError, UsageError
 
-DIM, TOKEN, LENGTH, CODES = 12, 10, 6, 7
+CODES = 7
 SMALL: dict[str, Any] = {
     "kind": "autoregressive",
     "embedding_dim": DIM,
@@ -41,10 +42,6 @@ SMALL: dict[str, Any] = {
     "buckets": 32,
     "dot_buckets": 8,
 }
-
-
-def rand(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def config(**changes: Any) -> AutoregressivePriorConfig:
@@ -70,13 +67,6 @@ def network(**changes: Any) -> AutoregressivePrior:
 def stage(**changes: Any) -> AutoregressivePriorStage:
     prior = network(**changes)
     return AutoregressivePriorStage(prior, prior.config)
-
-
-def text(count: int, seed: int = 0) -> TextFeatures:
-    ends = torch.arange(count) % (LENGTH - 1) + 1
-    mask = torch.arange(LENGTH) <= ends[:, None]
-    tokens = rand(count, LENGTH, TOKEN, seed=seed) * mask[..., None]
-    return TextFeatures(tokens, mask, F.normalize(rand(count, DIM, seed=seed + 1), dim=1))
 
 
 def inputs(count: int = 3) -> dict[str, Tensor]:

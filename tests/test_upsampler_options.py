@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_upsampler import randomised, scenes
 from torch import Tensor
 
 from unclip.bundle import save_part
-from unclip.config import DataConfig, parse_config
+from unclip.config import parse_config
 from unclip.data import build_batches
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
@@ -47,19 +48,6 @@ def small(**changes: Any) -> UpsamplerConfig:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def scenes(count: int, size: int) -> Tensor:
-    return next(build_batches(DataConfig(image_size=size), batch_size=count))["image"]
-
-
-def randomised(config: UpsamplerConfig) -> Upsampler:
-    torch.manual_seed(0)
-    network = Upsampler(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return network.eval()
 
 
 def train(network: Upsampler, truth: Tensor, steps: int, share: float = 0.25) -> list[float]:

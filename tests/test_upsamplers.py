@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_upsampler import randomised, scenes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from unclip.config import DataConfig, load_config, parse_config
-from unclip.data import build_batches
+from unclip.config import load_config, parse_config
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
 from upsamplers import corruption
@@ -58,21 +58,6 @@ def images(count: int, size: int, seed: int = 0) -> Tensor:
     """Smooth random pictures in [-1, 1]."""
     coarse = torch.rand(count, 3, 5, 5, generator=generator(seed)) * 2 - 1
     return upsample(coarse, (size, size))
-
-
-def scenes(count: int, size: int) -> Tensor:
-    batches = build_batches(DataConfig(image_size=size), batch_size=count)
-    return next(batches)["image"]
-
-
-def randomised(config: UpsamplerConfig) -> Upsampler:
-    """A network whose zero-initialised layers are not zero, so that every input reaches the output."""
-    torch.manual_seed(0)
-    network = Upsampler(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return network
 
 
 # ---- corruption --------------------------------------------------------------------------------------------

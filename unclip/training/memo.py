@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,20 @@ class EmbeddingMemo:
             torch.stack([row.embedding for row in rows]),
             torch.stack(norms) if len(norms) == len(rows) else None,
         )
+
+    def first(
+        self, batches: Iterable[Mapping[str, Any]], samples: int
+    ) -> Iterator[tuple[Tensor, Tensor, TextFeatures]]:
+        """The first `samples` images of `batches` (or all there are), batch by batch, with their image embeddings and
+        their captions' features.
+        """
+        left = samples
+        for batch in islice(batches, samples):
+            if left <= 0:
+                return
+            image, captions = batch["image"][:left], list(batch["caption"][:left])
+            left -= len(image)
+            yield image, self.encode_image(image.to(self.clip.device)), self.encode_text(captions)
 
     def _recall(self, memory: dict[Any, Any], keys: list[Any], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
         first = {key: index for index, key in reversed(list(enumerate(keys)))}
