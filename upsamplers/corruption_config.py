@@ -103,7 +103,7 @@ class BSRGANConfig(Config):
         (1.0, 2.0), description="the resize divides the edge by s in [first, second · factor]; s < 1 enlarges"
     )
     kernels: tuple[Literal["nearest", "area", "bilinear", "bicubic"], ...] = Field(
-        ("nearest", "area", "bilinear", "bicubic"), min_length=1, description="of every resize, equally likely"
+        ("area", "bilinear", "bicubic"), min_length=1, description="of every resize, equally likely"
     )
     noise_sigma: Range = Field((2.0, 25.0), description="standard deviation of the noise in 8-bit levels")
     noise_shares: tuple[float, float, float] = Field(
