@@ -30,4 +30,4 @@ unclip bundle --overwrite --out "$RUNS/model" --name shapes --clip "$clip" --pri
 unclip sample --model "$RUNS/model" --out "$OUT" \
     --prompt "a large red circle on a white background" \
     --prompt "a small yellow star at the top on a blue background" \
-    --prompt "a large green square left of a small pink ring on a black background"
+    --prompt "a large green square on the right on a black background"
