@@ -170,31 +170,99 @@ class SyntheticConfig(Config):
     max_objects: int = Field(2, ge=1, le=3)
 
 
+class FilterConfig(Config):
+    """Which samples are kept. What is left out is counted by its reason, and named nowhere."""
+
+    min_edge: int | None = Field(None, ge=1, description="shortest edge of the picture as stored, in pixels")
+    max_aspect: float | None = Field(None, ge=1, description="longer edge over shorter edge")
+    min_caption: int = Field(0, ge=0, description="characters; of several captions those are kept that fit")
+    max_caption: int | None = Field(None, ge=1, description="characters")
+    score_column: str | None = Field(
+        None, description="a column of numbers, such as the similarity that clip-retrieval and img2dataset write"
+    )
+    min_score: float | None = None
+    max_score: float | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FilterConfig:
+        if self.max_caption is not None and self.max_caption < self.min_caption:
+            raise ValueError(f"max_caption {self.max_caption} is less than min_caption {self.min_caption}")
+        bounds = [bound for bound in (self.min_score, self.max_score) if bound is not None]
+        if bounds and self.score_column is None:
+            raise ValueError("a score is asked for, but score_column does not say where it stands")
+        if self.score_column is not None and not bounds:
+            raise ValueError("score_column is named without min_score or max_score")
+        if len(bounds) == 2 and bounds[0] > bounds[1]:
+            raise ValueError(f"max_score {bounds[1]} is less than min_score {bounds[0]}")
+        return self
+
+
+class SourceConfig(Config):
+    """One source of a mixture. What is null is as in the `data` section."""
+
+    source: str
+    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources' weights")
+    split: str | None = None
+    streaming: bool | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = None
+
+
 class DataConfig(Config):
     """Where captioned images come from and how one becomes a training sample."""
 
     source: str = Field(
         "synthetic",
         description="'synthetic', a folder of images with metadata.jsonl, a parquet file or glob, webdataset tars "
-        "(file, folder or glob), or a Hugging Face Hub id",
+        "(file, folder or glob), a Hugging Face Hub id, or a folder of embeddings (`unclip embed --dataset`, or "
+        "clip-retrieval's layout)",
     )
+    sources: tuple[SourceConfig, ...] = Field((), description="several sources with weights, in the place of `source`")
     split: str = "train"
     streaming: bool = False
     image_column: str | None = None
     caption_column: str | None = None
+    key_column: str | None = Field(
+        None, description="what names a sample for good; by default __key__, key, or the image's path or content"
+    )
+    filter: FilterConfig = FilterConfig()
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of the samples kept from training, chosen by a hash of their keys"
+    )
+    part: Literal["train", "validation"] = Field("train", description="validation reads what `holdout` keeps back")
     image_size: int = Field(64, ge=8, le=2048, description="edge of the square image after resizing, in pixels")
     crop_size: int | None = Field(None, ge=8, description="edge of a random crop of the resized image")
     horizontal_flip: bool = False
     augment: bool = Field(False, description="random shift, scale, rotation and background for CLIP training")
     cache: bool = Field(False, description="keep decoded images in memory (small sets)")
     shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
+    workers: int = Field(
+        0, ge=0, le=64, description="processes that read and decode; 0 does it in threads of the training process"
+    )
+    prefetch: int = Field(2, ge=1, le=64, description="batches prepared ahead, by each worker where there are some")
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @model_validator(mode="after")
-    def _crop_fits(self) -> DataConfig:
+    def _consistent(self) -> DataConfig:
         if self.crop_size is not None and self.crop_size > self.image_size:
             raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
+        if self.sources and self.source != "synthetic":
+            raise ValueError(f"both source ({self.source!r}) and sources are named; expected one of them")
+        if self.part == "validation" and self.holdout == 0:
+            raise ValueError("part is validation, but holdout is 0, so that nothing is kept back for it")
         return self
+
+    def each(self) -> list[tuple[DataConfig, float]]:
+        """The sources one by one, each as a configuration of its own, with their weights."""
+        if not self.sources:
+            return [(self, 1.0)]
+        fields = ("source", "split", "streaming", "image_column", "caption_column", "key_column")
+        result = []
+        for one in self.sources:
+            given = {name: value for name in fields if (value := getattr(one, name)) is not None}
+            result.append((self.model_copy(update={**given, "sources": ()}), one.weight))
+        return result
 
 
 class OptimizerConfig(Config):
@@ -205,8 +273,44 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="of the learning rate after the warm-up; the last two fall to min_lr at train.steps"
+    )
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a cosine or linear schedule")
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 leaves gradients alone")
+    kernel: Literal["auto", "torch", "deepspeed"] = Field(
+        "auto",
+        description="torch's fused AdamW, or DeepSpeed's FusedAdam (CPUAdam on the CPU); auto takes the latter for a "
+        "GPU run whose optimizer is offloaded",
+    )
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr:g}, above lr {self.lr:g}")
+        return self
+
+
+class OffloadConfig(Config):
+    """What DeepSpeed keeps off the GPU. It costs time; see docs/training.md."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="AdamW's state and the weights it updates; ZeRO 1 to 3, nvme with 3 only"
+    )
+    parameters: Literal["none", "cpu"] = Field("none", description="this process's part of the weights; ZeRO 3")
+    nvme_path: str | None = Field(None, description="folder on a local disk, for nvme")
+
+
+class GuardConfig(Config):
+    """What ends a run that goes wrong."""
+
+    max_skipped: int = Field(
+        20, ge=1, description="steps in a row without a finite loss and gradient, after which the run ends"
+    )
+    compare_every: int = Field(
+        500, ge=0, description="steps between comparisons of the processes' weights (ZeRO 0 to 2); 0 is before saving"
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others")
 
 
 class WandbConfig(Config):
@@ -216,6 +320,23 @@ class WandbConfig(Config):
     project: str = "unclip"
     name: str | None = None
     tags: tuple[str, ...] = ()
+
+
+class LoRAConfig(Config):
+    """Low-rank adapters beside frozen weights (Hu et al. 2022): W + alpha/rank · B·A, of which only A and B learn."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float | None = Field(None, gt=0, description="by default `rank`, which makes the factor 1")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into the adapters, in training")
+    target: tuple[str, ...] = Field(
+        ("attention",),
+        min_length=1,
+        description="layers that get one: 'attention', 'feedforward', 'conv', 'linear' (all linear ones), or patterns "
+        "such as 'unet.middle.*'",
+    )
+    export: Literal["merged", "adapter", "both"] = Field(
+        "both", description="what the run writes: a whole model/, a small adapter/ in peft's layout, or both"
+    )
 
 
 class TrainConfig(Config):
@@ -230,14 +351,34 @@ class TrainConfig(Config):
         "float32", description="bfloat16 means autocast; parameters and EMA stay float32"
     )
     zero_stage: Literal[0, 1, 2, 3] = 0
-    compile: bool = False
+    offload: OffloadConfig = OffloadConfig()
+    deepspeed: str | None = Field(
+        None, description="a DeepSpeed JSON; what it says must not be said otherwise in this configuration"
+    )
+    compile: bool = Field(False, description="torch.compile of the network")
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this step stay as well; 0: none")
+    validate_every: int = Field(
+        0, ge=0, description="steps between losses of the EMA model on data.holdout, which training never sees; 0: none"
+    )
+    validate_batches: int = Field(8, ge=1, description="micro-batches a process, the same every time")
     sample_every: int = Field(0, ge=0, description="steps between grids of samples; 0 draws none")
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> TrainConfig:
+        given = [name for name in ("freeze", "trainable", "lora") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} are given; each says what learns by itself (lora trains its adapters alone), so "
+                "name one of them"
+            )
+        return self
 
 
 def load_config(cls: type[ConfigT], path: str | Path, overrides: list[str] | None = None) -> ConfigT:
