@@ -356,6 +356,9 @@ class TrainConfig(Config):
         None, description="a DeepSpeed JSON; what it says must not be said otherwise in this configuration"
     )
     compile: bool = Field(False, description="torch.compile of the network")
+    freeze: tuple[str, ...] = Field((), description="patterns of parameters that do not learn, such as 'unet.down.*'")
+    trainable: tuple[str, ...] = Field((), description="patterns of the parameters that learn, and no others do")
+    lora: LoRAConfig | None = Field(None, description="train low-rank adapters alone")
     optimizer: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
     ema_decay: float = Field(0.9999, ge=0, lt=1)
