@@ -24,6 +24,7 @@ from decoder.config import DecoderRunConfig
 from prior.config import PriorRunConfig
 from unclip.config import OptimizerConfig, TrainConfig, WandbConfig, parse_config
 from unclip.errors import UnclipError, UsageError
+from unclip.runs import MEASURED
 from unclip.training import Distributed, main_for
 from unclip.training.checkpoint import checkpoints, load_checkpoint
 from unclip.training.clip import ClipRunConfig
@@ -316,7 +317,7 @@ def test_a_killed_run_continues_to_the_same_weights(recipe: dict[str, Path], tmp
 
     def rows(folder: Path) -> list[dict[str, float]]:
         parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in parsed]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in parsed]
 
     assert rows(whole) == rows(cut) and [row["step"] for row in rows(cut)] == list(range(1, STEPS + 1))
     assert len({row["loss"] for row in rows(cut)}) > STEPS / 2

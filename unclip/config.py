@@ -320,6 +320,7 @@ class WandbConfig(Config):
     project: str = "unclip"
     name: str | None = None
     tags: tuple[str, ...] = ()
+    group: str | None = None
 
 
 class LoRAConfig(Config):
@@ -363,6 +364,13 @@ class TrainConfig(Config):
     guard: GuardConfig = GuardConfig()
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     log_every: int = Field(10, ge=1)
+    log_param_norm: bool = Field(False, description="tell the norm of all parameters as well")
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="peak of one process's device, of which the MFU is a share; by default the GPU's data sheet says "
+        "it, and on a CPU a matrix product",
+    )
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this step stay as well; 0: none")
@@ -370,7 +378,9 @@ class TrainConfig(Config):
         0, ge=0, description="steps between losses of the EMA model on data.holdout, which training never sees; 0: none"
     )
     validate_batches: int = Field(8, ge=1, description="micro-batches a process, the same every time")
-    sample_every: int = Field(0, ge=0, description="steps between grids of samples; 0 draws none")
+    sample_every: int = Field(
+        0, ge=0, description="steps between grids of samples (prior: measurements of them); 0 makes none"
+    )
     wandb: WandbConfig = WandbConfig()
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,13 @@ from unclip.training.checkpoint import load_checkpoint, save_checkpoint
 from unclip.training.distributed import Distributed, current
 from unclip.training.ema import EMA
 from unclip.training.engine import start_engine
-from unclip.training.tracking import Tracker
+from unclip.training.metrics import Window, parameter_norm
+from unclip.training.tracking import Tracker, stage_of
 
 LossFunction = Callable[[Any, Any, torch.Generator], dict[str, Tensor]]
 Export = Callable[[dict[str, Tensor], Path], None]
 Sample = Callable[[nn.Module], Image.Image]
+Diagnose = Callable[[nn.Module], dict[str, float]]
 
 
 def fit(
@@ -37,6 +38,7 @@ def fit(
     run_config: Config,
     export: Export,
     sample: Sample | None = None,
+    diagnose: Diagnose | None = None,
 ) -> Path:
     """Train to `config.steps`, continuing from the newest checkpoint in `run_dir`, and write the EMA model to
     `run_dir/model`.
@@ -44,52 +46,51 @@ def fit(
     `loss_fn(network, batch, generator)` returns per-sample losses (B,) by name; `loss` is minimised. `batch["image"]`
     is on
     the device. `export(ema_state, folder)` writes a model folder; `sample(ema_network)` draws a grid for
-    `run_dir/samples`.
+    `run_dir/samples`, `diagnose(ema_network)` measures more than a loss tells; both every `sample_every` steps.
     Returns the model folder. Raises UnclipError: the run folder cannot be written, or holds a run of another model.
     """
     distributed = current()
     run_dir = Path(config.run_dir)
     _open_run(run_dir, run_config, distributed)
-    preview = copy.deepcopy(network) if sample is not None and distributed.is_main else None
+    preview = copy.deepcopy(network) if (sample or diagnose) is not None and distributed.is_main else None
     torch.manual_seed(config.seed + distributed.rank)
     engine = start_engine(network, config, distributed)
     ema = EMA(engine.module, config.ema_decay)
     generator = torch.Generator(distributed.device).manual_seed(config.seed * 1_000_003 + distributed.rank)
-    step = _resume(run_dir, engine, ema, generator, batches, config, distributed)
-    tracker = Tracker(run_dir, config, run_config.model_dump(mode="json"), step, distributed.is_main)
-    if step:
-        tracker.say(f"continuing {run_dir} from step {step}")
-    train_step = _Step(engine, _compiled(loss_fn, config), batches, config, generator, distributed)
-    started, logged = time.perf_counter(), step
-    while step < config.steps:
-        losses = train_step()
-        ema.update()
-        step += 1
-        tracker.advance()
-        if step % config.log_every == 0 or step == config.steps:
-            now = time.perf_counter()
-            speed = (step - logged) * config.batch_size / (now - started)
-            tracker.log(
-                step,
-                {
-                    **losses(),
-                    "lr": engine.get_lr()[0],
-                    "grad_norm": train_step.gradient_norm(),
-                    "images_per_second": speed,
-                },
-            )
-            started, logged = now, step
-        if config.sample_every and step % config.sample_every == 0:
-            _draw(run_dir, step, ema, preview, sample, tracker)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            own = _own_state(ema, generator, batches)
-            save_checkpoint(run_dir / "checkpoints", step, engine, own, config.keep_checkpoints, distributed)
-    state = ema.state_dict_full()
-    if distributed.is_main:
-        export(state, run_dir / "model")
-    tracker.say(batches.tally.report())
-    tracker.say(f"trained to step {step}; the model is in {run_dir / 'model'}")
-    tracker.close()
+    window = Window(distributed)
+    step = _resume(run_dir, engine, ema, generator, batches, window, config, distributed)
+    tracker = Tracker(
+        run_dir, config, run_config.model_dump(mode="json"), step, distributed.is_main,
+        stage=stage_of(run_config), distributed=distributed,
+    )  # fmt: skip
+    with tracker:
+        if step:
+            tracker.say(f"continuing {run_dir} from step {step}")
+        train_step = _Step(engine, _compiled(loss_fn, config), batches, config, generator, distributed, window)
+        while step < config.steps:
+            with tracker.counting_flops(engine.module):
+                losses = train_step()
+            ema.update()
+            step += 1
+            tracker.advance()
+            row: dict[str, float] = {}  # what is told of this step, in one line that is written before its checkpoint
+            if step % config.log_every == 0 or step == config.steps:
+                row = {**losses(), **window.means(), "lr": engine.get_lr()[0], "grad_norm": train_step.gradient_norm()}
+                row |= tracker.speed(step)
+                if config.log_param_norm:
+                    row["param_norm"] = parameter_norm(engine.module, distributed)
+            if config.sample_every and step % config.sample_every == 0:
+                row |= _draw(run_dir, step, ema, preview, sample, diagnose, tracker)
+            if row:
+                tracker.log(step, row)
+            if step % config.checkpoint_every == 0 or step == config.steps:
+                own = _own_state(ema, generator, batches, window)
+                save_checkpoint(run_dir / "checkpoints", step, engine, own, config.keep_checkpoints, distributed)
+        state = ema.state_dict_full()
+        if distributed.is_main:
+            export(state, run_dir / "model")
+        tracker.say(batches.tally.report())
+        tracker.say(f"trained to step {step}; the model is in {run_dir / 'model'}")
     return run_dir / "model"
 
 
@@ -104,7 +105,9 @@ class _Step:
         config: TrainConfig,
         generator: torch.Generator,
         distributed: Distributed,
+        window: Window,
     ) -> None:
+        self.window = window
         self.engine, self.loss_fn, self.batches, self.config = engine, loss_fn, batches, config
         self.generator, self.device = generator, distributed.device
         self._norm: Any = None
@@ -123,13 +126,14 @@ class _Step:
             # The one place where autocast is entered.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
                 losses = self.loss_fn(self.engine, batch, self.generator)
+            self.window.add(losses)
             self.engine.backward(losses["loss"].mean())
             if self.config.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
                 # DeepSpeed keeps the norm itself only where it partitions the gradients.
                 gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
                 self._norm = torch.nn.utils.get_total_norm(gradients)
             self.engine.step()
-        return lambda: {name: value.detach().float().mean().item() for name, value in losses.items()}
+        return lambda: {name: value.float().mean().item() for name, value in Window.told(losses).items()}
 
 
 def _open_run(run_dir: Path, run_config: Config, distributed: Distributed) -> None:
@@ -164,6 +168,7 @@ def _resume(
     ema: EMA,
     generator: torch.Generator,
     batches: Batches,
+    window: Window,
     config: TrainConfig,
     distributed: Distributed,
 ) -> int:
@@ -181,32 +186,43 @@ def _resume(
     if own["cuda_rng"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(own["cuda_rng"])
     batches.load_state_dict(own["data"])
+    window.load_state_dict(own.get("window", {}))
     return step
 
 
-def _own_state(ema: EMA, generator: torch.Generator, batches: Batches) -> dict[str, Any]:
+def _own_state(ema: EMA, generator: torch.Generator, batches: Batches, window: Window) -> dict[str, Any]:
     return {
         "ema": ema.state_dict(),
         "generator": generator.get_state(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "data": batches.state_dict(),
+        "window": window.state_dict(),
     }
 
 
 def _draw(
-    run_dir: Path, step: int, ema: EMA, preview: nn.Module | None, sample: Sample | None, tracker: Tracker
-) -> None:
+    run_dir: Path,
+    step: int,
+    ema: EMA,
+    preview: nn.Module | None,
+    sample: Sample | None,
+    diagnose: Diagnose | None,
+    tracker: Tracker,
+) -> dict[str, float]:
+    """Let the EMA model draw and be measured; returns what was measured, on the first process."""
     state = ema.state_dict_full()  # every process takes part
-    if preview is None or sample is None:
-        return
+    if preview is None:
+        return {}
     preview.load_state_dict(state, strict=False)
-    file = run_dir / "samples" / f"step-{step:08d}.png"
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f".tmp-{file.name}")
-    sample(preview.eval()).save(temporary, format="PNG")
-    temporary.replace(file)
-    tracker.image(step, file)
+    if sample is not None:
+        file = run_dir / "samples" / f"step-{step:08d}.png"
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_name(f".tmp-{file.name}")
+        sample(preview.eval()).save(temporary, format="PNG")
+        temporary.replace(file)
+        tracker.image(step, file)
+    return diagnose(preview.eval()) if diagnose is not None else {}
 
 
 def _compiled(loss_fn: LossFunction, config: TrainConfig) -> LossFunction:
