@@ -8,6 +8,8 @@ import typer
 
 from unclip.cli import draw, inspect
 from unclip.cli.plan import params, plan
+from unclip.cli.plot import plot
+from unclip.cli.runs import runs
 from unclip.cli.statistics import statistics
 from unclip.cli.upscale import upscale
 
@@ -56,5 +58,7 @@ for command in (
     statistics,
     params,
     plan,
+    runs,
+    plot,
 ):
     app.command()(command)
