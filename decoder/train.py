@@ -16,12 +16,12 @@ from decoder.objective import decoder_loss
 from decoder.sampling import KIND, DecoderStage
 from decoder.text import CaptionEncoder, with_text_widths
 from unclip.bundle import load_part, load_strict, save_part
-from unclip.clip import FrozenCLIP
+from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.config import parse_config
-from unclip.data import make_grid, to_pil
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError
 from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
+from unclip.training.previews import captioned_grid, fixed_batch
 
 _PREVIEWS = 16
 _MAY_START_FRESH = ("noise_level_to_time.",)  # ends in zeros: it changes nothing until it has learned
@@ -47,20 +47,22 @@ def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
         network.set_null_text(clip.encode_text([""]))
     process = GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
-    preview: dict[str, Any] = {}
+
+    def embed(batch: dict[str, Any]) -> tuple[Tensor, Tensor, TextFeatures]:
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        return image, memo.encode_image(image), memo.encode_text(batch["caption"])
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        image = batch["image"].contiguous(memory_format=torch.channels_last)
-        embedding, text = memo.encode_image(image), memo.encode_text(batch["caption"])
-        preview.setdefault("first", (embedding[:_PREVIEWS], text[:_PREVIEWS], image[:_PREVIEWS]))
+        image, embedding, text = embed(batch)
         return decoder_loss(engine, process, model, image, embedding, text, generator)
 
     def sample(ema_network: nn.Module) -> Image.Image:
-        """The first images of the run above what the decoder makes of their embeddings."""
-        embedding, text, real = preview["first"]
+        """A few images above what the decoder makes of their embeddings, and their captions below."""
+        batch = fixed_batch(config.data, min(_PREVIEWS, config.train.batch_size))
+        real, embedding, text = embed({**batch, "image": batch["image"].to(distributed.device)})
         stage = DecoderStage(ema_network, model, distributed.device)
         drawn = stage.sample(embedding, range(len(embedding)), text=text)
-        return make_grid([to_pil(x) for x in torch.cat([real.cpu(), drawn.cpu()])], len(embedding))
+        return captioned_grid([real.cpu(), drawn.cpu()], batch["caption"])
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
         save_part(folder, KIND, model, state)

@@ -155,6 +155,9 @@ class PriorRunConfig(Config):
         description="batches of 64 over which the embeddings' statistics are measured before training: mean and "
         "deviation, or principal components, their ends and the distribution of z_i·z_t",
     )
+    dashboard_samples: int = Field(
+        256, ge=2, description="embeddings drawn every train.sample_every steps, whose cosines are told"
+    )
     model: AnyPriorConfig
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

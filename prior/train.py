@@ -11,12 +11,13 @@ from torch import Tensor
 from prior.analytic import store_statistics
 from prior.autoregressive import AutoregressivePrior
 from prior.config import AutoregressivePriorConfig, PriorConfig, PriorRunConfig
+from prior.dashboard import Dashboard
 from prior.network import Prior
 from prior.objective import autoregressive_loss, prior_loss
 from prior.sampling import KIND, build_network
 from prior.statistics import mean_and_deviation, measure_embeddings, settle, store_codes
 from unclip.bundle import save_part
-from unclip.clip import FrozenCLIP
+from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.config import parse_config
 from unclip.data import build_batches
 from unclip.diffusion import GaussianDiffusion
@@ -37,8 +38,11 @@ def run(config: PriorRunConfig, distributed: Distributed) -> Path:
     process = None if isinstance(model, AutoregressivePriorConfig) else GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
 
+    def embed(batch: dict[str, Any]) -> tuple[Tensor, TextFeatures]:
+        return memo.encode_image(batch["image"].to(distributed.device)), memo.encode_text(batch["caption"])
+
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        embedding, text = memo.encode_image(batch["image"]), memo.encode_text(batch["caption"])
+        embedding, text = embed(batch)
         if isinstance(network, AutoregressivePrior):
             return autoregressive_loss(engine, network, network.config, embedding, text, generator)
         assert process is not None
@@ -47,7 +51,10 @@ def run(config: PriorRunConfig, distributed: Distributed) -> Path:
     def export(state: dict[str, Tensor], folder: Path) -> None:
         save_part(folder, KIND, model, state)
 
-    folder = fit(network, loss_fn, batches, config.train, run_config=config, export=export)
+    dashboard = Dashboard(model, config.data, embed, distributed.device, config.dashboard_samples)
+    folder = fit(
+        network, loss_fn, batches, config.train, run_config=config, export=export, diagnose=dashboard
+    )
     if distributed.is_main and isinstance(model, PriorConfig) and model.sampler == "analytic":
         fresh = build_batches(config.data, batch_size=64, seed=config.train.seed)
         store_statistics(folder, memo, fresh, 64 * config.statistics_batches)

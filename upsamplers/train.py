@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.bundle import load_part, load_strict, save_part
-from unclip.data import build_batches, make_grid, to_pil
 from unclip.diffusion import GaussianDiffusion
 from unclip.diffusion.guidance import Network
 from unclip.training import Distributed, fit, open_batches
+from unclip.training.previews import captioned_grid, fixed_batch
 from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
 from upsamplers.network import Upsampler
 from upsamplers.objective import downsample, upsampler_loss
@@ -80,14 +80,14 @@ def _freeze(network: Upsampler, config: UpsamplerRunConfig) -> None:
 
 def _preview(config: UpsamplerRunConfig) -> Any:
     """A function that draws condition, result and original of a few whole images, one column an image."""
-    data = config.data.model_copy(update={"crop_size": None, "cache": False})
-    truth = next(build_batches(data, batch_size=_PREVIEWS, seed=config.train.seed + 1))["image"]
+    batch = fixed_batch(config.data, _PREVIEWS, seed=config.train.seed + 1)
+    truth = batch["image"]
     low_res = downsample(truth, config.model)
 
     def sample(network: nn.Module) -> Image.Image:
         assert isinstance(network, Upsampler)
         result = UpsamplerStage.from_network(network).sample(low_res, range(len(low_res))).cpu()
         blocks = F.interpolate(low_res, size=truth.shape[-2:], mode="nearest")
-        return make_grid([to_pil(image) for image in torch.cat([blocks, result, truth])], columns=len(truth))
+        return captioned_grid([blocks, result, truth], batch["caption"])
 
     return sample
