@@ -158,6 +158,17 @@ class PriorRunConfig(Config):
     dashboard_samples: int = Field(
         256, ge=2, description="embeddings drawn every train.sample_every steps, whose cosines are told"
     )
-    model: AnyPriorConfig
+    init_from: str | None = Field(
+        None,
+        description="trained weights to start from: a bundle ('emoji' is the bundled one), the folder of a run or of "
+        "a prior, or a checkpoint in diffusers' layout; what `model` leaves out is as there",
+    )
+    model: AnyPriorConfig = PriorConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> PriorRunConfig:
+        if "model" not in self.model_fields_set and self.init_from is None:
+            raise ValueError("no section model; describe the network, or take that of another with init_from")
+        return self

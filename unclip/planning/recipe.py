@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict
 
 from unclip.bundle import read_json
-from unclip.clip import CONFIG_FILE, architecture
+from unclip.clip import CONFIG_FILE, architecture, clip_folder
 from unclip.config import Config, load_config, parse_config
 from unclip.errors import UnclipError, UsageError
 
@@ -128,7 +128,7 @@ def _t5_width(name: str) -> dict[str, int]:
 
 def _find_clip(name: str, file: Path) -> tuple[dict[str, Any] | None, str]:
     """The `model_cfg` of the CLIP that a run names, and in words where it was found."""
-    folder = Path(name)
+    folder = clip_folder(name)
     if (folder / CONFIG_FILE).is_file():
         shape = read_json(folder / CONFIG_FILE).get("model_cfg")
         if not isinstance(shape, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= shape.keys():
