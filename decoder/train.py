@@ -8,27 +8,34 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from decoder.config import DecoderConfig, DecoderRunConfig
+from decoder.config import DecoderRunConfig
 from decoder.network import Decoder
 from decoder.objective import decoder_loss
 from decoder.sampling import KIND, DecoderStage
+from decoder.start import begin_from, start_from, with_start
 from decoder.text import CaptionEncoder, with_text_widths
-from unclip.bundle import load_part, load_strict, save_part
+from unclip.bundle import save_part
 from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.config import parse_config
 from unclip.diffusion import GaussianDiffusion
-from unclip.errors import UnclipError
+from unclip.errors import UsageError
 from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
+from unclip.training.finetune import Tuning
 from unclip.training.previews import captioned_grid, fixed_batch
+from unclip.training.start import Reader, tell
+
+__all__ = ["run", "start_from"]
 
 _PREVIEWS = 16
-_MAY_START_FRESH = ("noise_level_to_time.",)  # ends in zeros: it changes nothing until it has learned
 
 
-def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
-    """Train a decoder on the images and captions of `config.data`, embedded by the frozen CLIP."""
+def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
+    """Train a decoder on the images and captions of `config.data`, embedded by the frozen CLIP.
+
+    `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
+    """
+    config, start = with_start(config, foreign)
     clip = FrozenCLIP.load(config.clip, device=distributed.device)
     widths = with_text_widths(config.model, clip)
     model = parse_config(type(config.model), {**config.model.model_dump(), **widths})
@@ -41,10 +48,16 @@ def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
     )
     torch.manual_seed(config.train.seed)
     network = Decoder(model)
-    if config.init_from is not None:
-        start_from(network, Path(config.init_from))
+    if start is not None:
+        tell(begin_from(network, start), distributed)
     if model.null_text == "clip":
         network.set_null_text(clip.encode_text([""]))
+    if config.train.lora is not None and start is not None and model.inpainting and not start.config.inpainting:
+        raise UsageError(
+            "train.lora trains adapters alone, and this decoder's new input channels would stay at zero; teach it to "
+            "inpaint without train.lora first"
+        )
+    tuning = Tuning(network, config.train, KIND, model)
     process = GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
 
@@ -67,28 +80,5 @@ def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
     def export(state: dict[str, Tensor], folder: Path) -> None:
         save_part(folder, KIND, model, state)
 
-    return fit(network, loss_fn, batches, config.train, run_config=config, export=export, sample=sample)
-
-
-def start_from(network: Decoder, folder: Path) -> None:
-    """Load a trained decoder's weights of the same shape.
-
-    Where it predicts another quantity (ε, x_0, v), the output layer keeps its fresh zeros: it would put out the wrong
-    thing, while the features below it serve as well. An inpainting decoder may start from one that is none: the
-    weights of its additional input channels are zero, so that it begins by painting as the other did (GLIDE, §3.3).
-    The same holds for what tells the network the embedding's noise level.
-    Raises UnclipError: the weights do not fit otherwise.
-    """
-    before, state = load_part(folder, KIND, DecoderConfig)
-    own = network.state_dict()
-    if before.inpainting and not network.config.inpainting:
-        raise UnclipError(f"{folder} holds an inpainting decoder; a decoder that does not inpaint cannot start from it")
-    if network.config.inpainting and not before.inpainting:
-        name = "unet.conv_in.weight"
-        missing = own[name].shape[1] - state[name].shape[1]
-        if missing > 0:
-            state[name] = F.pad(state[name], (0, 0, 0, 0, 0, missing))
-    fresh = [name for name in own if name not in state and name.startswith(_MAY_START_FRESH)]
-    if before.diffusion.prediction != network.config.diffusion.prediction:
-        fresh += [name for name in own if name.startswith("unet.conv_out.")]
-    load_strict(network, {**state, **{name: own[name] for name in fresh}}, folder)
+    write = tuning.exporting(export)
+    return fit(network, loss_fn, batches, config.train, run_config=config, export=write, sample=sample)

@@ -15,6 +15,7 @@ from prior.dashboard import Dashboard
 from prior.network import Prior
 from prior.objective import autoregressive_loss, prior_loss
 from prior.sampling import KIND, build_network
+from prior.start import begin_from, keeps_space, with_start
 from prior.statistics import mean_and_deviation, measure_embeddings, settle, store_codes
 from unclip.bundle import save_part
 from unclip.clip import FrozenCLIP, TextFeatures
@@ -22,19 +23,30 @@ from unclip.config import parse_config
 from unclip.data import build_batches
 from unclip.diffusion import GaussianDiffusion
 from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
+from unclip.training.finetune import Tuning
+from unclip.training.start import Reader, Start, tell
 
 
-def run(config: PriorRunConfig, distributed: Distributed) -> Path:
-    """Train a prior on the captions and images of `config.data`, embedded by the frozen CLIP."""
+def run(config: PriorRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
+    """Train a prior on the captions and images of `config.data`, embedded by the frozen CLIP.
+
+    `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
+    """
+    config, start = with_start(config, foreign)
     clip = FrozenCLIP.load(config.clip, device=distributed.device)
     memo = EmbeddingMemo(clip, config.clip_cache, unit_length=config.model.embedding_length == "unit")
     shape = {"embedding_dim": clip.embedding_dim, "token_dim": clip.token_dim, "text_length": clip.context_length}
     config = config.model_copy(
         update={"model": parse_config(type(config.model), {**config.model.model_dump(), **shape})}
     )
-    network = prepare(config, memo)
+    network = prepare(config, memo, start)
+    if start is not None:
+        tell(begin_from(network, start), distributed)
     model = network.config
+    if model.null_text == "clip":
+        network.store_null(memo.encode_text([""]), model.embedding_length)
     config = config.model_copy(update={"model": model})
+    tuning = Tuning(network, config.train, KIND, model)
     process = None if isinstance(model, AutoregressivePriorConfig) else GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
 
@@ -53,28 +65,30 @@ def run(config: PriorRunConfig, distributed: Distributed) -> Path:
 
     dashboard = Dashboard(model, config.data, embed, distributed.device, config.dashboard_samples)
     folder = fit(
-        network, loss_fn, batches, config.train, run_config=config, export=export, diagnose=dashboard
+        network, loss_fn, batches, config.train, run_config=config, export=tuning.exporting(export), diagnose=dashboard
     )
-    if distributed.is_main and isinstance(model, PriorConfig) and model.sampler == "analytic":
+    measured = isinstance(model, PriorConfig) and model.sampler == "analytic"
+    if distributed.is_main and measured and tuning.writes_model:
         fresh = build_batches(config.data, batch_size=64, seed=config.train.seed)
         store_statistics(folder, memo, fresh, 64 * config.statistics_batches)
     return folder
 
 
-def prepare(config: PriorRunConfig, memo: EmbeddingMemo) -> Prior | AutoregressivePrior:
-    """A network with fresh weights that holds the statistics of the data's embeddings, and the CLIP's null text if it
-    uses that."""
+def prepare(config: PriorRunConfig, memo: EmbeddingMemo, start: Start | None = None) -> Prior | AutoregressivePrior:
+    """A network with fresh weights that holds the statistics of the data's embeddings, unless `start` brings its own,
+    and the CLIP's null text if it uses that."""
     model: PriorConfig | AutoregressivePriorConfig = config.model
     measured = None
-    if isinstance(model, AutoregressivePriorConfig) or model.normalisation == "standardise":
+    needed = isinstance(model, AutoregressivePriorConfig) or model.normalisation == "standardise"
+    if needed and not keeps_space(model, start):
         measured = measure_embeddings(config, memo)
         model, codes = settle(model, measured[0])
     torch.manual_seed(config.train.seed)
     network = build_network(model)
-    if isinstance(network, AutoregressivePrior):
-        assert measured is not None and codes is not None
+    if isinstance(network, AutoregressivePrior) and measured is not None:
+        assert codes is not None
         store_codes(network, codes, measured[1])
-    elif measured is not None:
+    elif isinstance(network, Prior) and measured is not None:
         mean, std = mean_and_deviation(measured[0])
         network.mean.copy_(mean)  # type: ignore[operator]
         network.std.copy_(std)  # type: ignore[operator]
