@@ -49,7 +49,6 @@ def _pairs(
     for batch in islice(batches, samples):
         if left <= 0:
             return
-        image, captions = batch["image"][:left], list(batch["caption"][:left])
-        left -= len(image)
-        embedding = memo.encode_image(image.to(memo.clip.device))
-        yield stage.conditional(embedding, memo.encode_text(captions)), image.to(stage.device)
+        part = {name: value[:left] for name, value in batch.items()}
+        left -= len(part["caption"])
+        yield stage.conditional(memo.image_of(part), memo.text_of(part)), part["image"].to(stage.device)

@@ -16,11 +16,11 @@ from decoder.sampling import KIND, DecoderStage
 from decoder.start import begin_from, start_from, with_start
 from decoder.text import CaptionEncoder, with_text_widths
 from unclip.bundle import save_part
-from unclip.clip import FrozenCLIP, TextFeatures
+from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UsageError
-from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
+from unclip.training import Distributed, fit, open_batches, open_memo
 from unclip.training.finetune import Tuning
 from unclip.training.previews import captioned_grid, fixed_batch
 from unclip.training.start import Reader, tell
@@ -31,27 +31,31 @@ _PREVIEWS = 16
 
 
 def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
-    """Train a decoder on the images and captions of `config.data`, embedded by the frozen CLIP.
+    """Train a decoder on the images and captions of `config.data`, embedded by the frozen CLIP, or on stored
+    embeddings with their pictures (unclip.training.memo.open_memo).
 
     `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
     """
     config, start = with_start(config, foreign)
-    clip = FrozenCLIP.load(config.clip, device=distributed.device)
-    widths = with_text_widths(config.model, clip)
+    memo = open_memo(
+        config.data,
+        config.clip,
+        distributed.device,
+        config.clip_cache,
+        unit_length=config.model.embedding_length == "unit",
+        reads_images=True,
+    )
+    widths = with_text_widths(config.model, memo.widths)
     model = parse_config(type(config.model), {**config.model.model_dump(), **widths})
     config = config.model_copy(update={"model": model})
-    memo = EmbeddingMemo(
-        clip,
-        config.clip_cache,
-        unit_length=model.embedding_length == "unit",
-        texts=CaptionEncoder(model, clip),
-    )
+    if memo.stored is None or model.text.kind != "clip":  # captions in another form than the CLIP's features
+        memo.encode_with(lambda clip: CaptionEncoder(model, clip), config.clip)
     torch.manual_seed(config.train.seed)
     network = Decoder(model)
     if start is not None:
         tell(begin_from(network, start), distributed)
     if model.null_text == "clip":
-        network.set_null_text(clip.encode_text([""]))
+        network.set_null_text(memo.null_text())
     if config.train.lora is not None and start is not None and model.inpainting and not start.config.inpainting:
         raise UsageError(
             "train.lora trains adapters alone, and this decoder's new input channels would stay at zero; teach it to "
@@ -63,7 +67,7 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
 
     def embed(batch: dict[str, Any]) -> tuple[Tensor, Tensor, TextFeatures]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
-        return image, memo.encode_image(image), memo.encode_text(batch["caption"])
+        return image, memo.image_of({**batch, "image": image}), memo.text_of(batch)
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         image, embedding, text = embed(batch)

@@ -49,7 +49,7 @@ def store_statistics(
     folder: Path, memo: EmbeddingMemo, batches: Iterable[Mapping[str, Any]], samples: int
 ) -> None:
     """Measure an exported prior and keep the result in its folder."""
-    stage = PriorStage.load(folder, memo.clip.device)
+    stage = PriorStage.load(folder, memo.device)
     save_statistics(folder, measure_statistics(stage, memo, batches, samples))
 
 
@@ -60,7 +60,7 @@ def _pairs(
     for batch in islice(batches, samples):
         if left <= 0:
             return
-        image, captions = batch["image"][:left], list(batch["caption"][:left])
-        left -= len(image)
-        embedding = memo.encode_image(image.to(memo.clip.device)).to(stage.device)
-        yield stage.conditional(memo.encode_text(captions)), stage.network.normalise(embedding)
+        part = {name: value[:left] for name, value in batch.items()}
+        left -= len(part["caption"])
+        embedding = memo.image_of(part).to(stage.device)
+        yield stage.conditional(memo.text_of(part)), stage.network.normalise(embedding)

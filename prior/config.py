@@ -36,6 +36,11 @@ class SharedConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     attention_bias: bool = Field(False, description="biases in the attention's four projections, as Karlo has them")
     norm_bias: bool = Field(False, description="LayerNorms with a bias, the final one too, as Karlo has them")
+    text_tokens: bool = Field(
+        True,
+        description="whether the caption's token features are read; without them its embedding says all, for data that "
+        "hold embeddings alone (clip-retrieval)",
+    )
     text_encoder: TextEncoderConfig | None = Field(
         None, description="a Transformer over the CLIP's token features before the prior; null takes them as they are"
     )
@@ -61,6 +66,8 @@ class SharedConfig(Config):
     def _heads_divide(self) -> SharedConfig:
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        if self.text_encoder is not None and not self.text_tokens:
+            raise ValueError("a text_encoder reads the caption's tokens, and text_tokens is false; leave one out")
         return self
 
 

@@ -18,24 +18,31 @@ from prior.sampling import KIND, build_network
 from prior.start import begin_from, keeps_space, with_start
 from prior.statistics import mean_and_deviation, measure_embeddings, settle, store_codes
 from unclip.bundle import save_part
-from unclip.clip import FrozenCLIP, TextFeatures
+from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.data import build_batches
 from unclip.diffusion import GaussianDiffusion
-from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
+from unclip.training import Distributed, EmbeddingMemo, fit, open_batches, open_memo
 from unclip.training.finetune import Tuning
 from unclip.training.start import Reader, Start, tell
 
 
 def run(config: PriorRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
-    """Train a prior on the captions and images of `config.data`, embedded by the frozen CLIP.
+    """Train a prior on the captions and images of `config.data`, embedded by the frozen CLIP, or on stored
+    embeddings, for which no CLIP is loaded (unclip.training.memo.open_memo).
 
     `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
     """
     config, start = with_start(config, foreign)
-    clip = FrozenCLIP.load(config.clip, device=distributed.device)
-    memo = EmbeddingMemo(clip, config.clip_cache, unit_length=config.model.embedding_length == "unit")
-    shape = {"embedding_dim": clip.embedding_dim, "token_dim": clip.token_dim, "text_length": clip.context_length}
+    memo = open_memo(
+        config.data,
+        config.clip,
+        distributed.device,
+        config.clip_cache,
+        unit_length=config.model.embedding_length == "unit",
+        reads_tokens=config.model.text_tokens,
+    )
+    shape = {name: width for name, width in memo.widths.items() if name != "vocab_size"}
     config = config.model_copy(
         update={"model": parse_config(type(config.model), {**config.model.model_dump(), **shape})}
     )
@@ -44,14 +51,14 @@ def run(config: PriorRunConfig, distributed: Distributed, foreign: Reader | None
         tell(begin_from(network, start), distributed)
     model = network.config
     if model.null_text == "clip":
-        network.store_null(memo.encode_text([""]), model.embedding_length)
+        network.store_null(memo.null_text(), model.embedding_length)
     config = config.model_copy(update={"model": model})
     tuning = Tuning(network, config.train, KIND, model)
     process = None if isinstance(model, AutoregressivePriorConfig) else GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
 
     def embed(batch: dict[str, Any]) -> tuple[Tensor, TextFeatures]:
-        return memo.encode_image(batch["image"].to(distributed.device)), memo.encode_text(batch["caption"])
+        return memo.image_of(batch), memo.text_of(batch)
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         embedding, text = embed(batch)
@@ -93,5 +100,5 @@ def prepare(config: PriorRunConfig, memo: EmbeddingMemo, start: Start | None = N
         network.mean.copy_(mean)  # type: ignore[operator]
         network.std.copy_(std)  # type: ignore[operator]
     if model.null_text == "clip":
-        network.store_null(memo.encode_text([""]), model.embedding_length)
+        network.store_null(memo.null_text(), model.embedding_length)
     return network

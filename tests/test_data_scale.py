@@ -136,7 +136,7 @@ def test_workers_give_what_the_parts_give_and_resume_exactly(sets: dict[str, Pat
 
 def test_a_worker_hands_its_error_on(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "a.tar", {"1": {"png": b"no picture", "txt": b"x"}})
-    with pytest.raises(UnclipError, match="no sample of the data set .* can be used: 1 broken sample"):
+    with pytest.raises(UnclipError, match=r"no sample of the data set .* can be used: 1 broken sample"):
         next(build(source, streaming=True, workers=1))
     with pytest.raises(UnclipError, match="there is no data set at"):
         build(tmp_path / "nothing", workers=2)

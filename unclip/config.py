@@ -413,6 +413,15 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: list[str] | Non
     return parse_config(cls, data, origin=str(file))
 
 
+def load_overrides(
+    cls: type[ConfigT], data: dict[str, Any], overrides: list[str], origin: str = "the configuration"
+) -> ConfigT:
+    """A plain dictionary with `a.b=value` overrides on top, validated. Raises UsageError as `load_config` does."""
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(cls, data, origin)
+
+
 def parse_config(cls: type[ConfigT], data: dict[str, Any], origin: str = "the configuration") -> ConfigT:
     """Validate a plain dictionary; every problem is named in one UsageError."""
     try:

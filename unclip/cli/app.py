@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from unclip.cli import draw, inspect
+from unclip.cli.embed import embed
+from unclip.cli.merge import merge
 from unclip.cli.plan import params, plan
 from unclip.cli.plot import plot
 from unclip.cli.runs import runs
@@ -52,8 +54,9 @@ for command in (
     draw.variations,
     draw.decode,
     upscale,
-    inspect.embed,
+    embed,
     inspect.bundle,
+    merge,
     inspect.info,
     statistics,
     params,

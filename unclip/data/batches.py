@@ -16,7 +16,7 @@ from typing import Any
 from unclip.config import DataConfig
 from unclip.data.making import Batch, Maker
 from unclip.data.tally import Tally
-from unclip.errors import UnclipError, UsageError
+from unclip.errors import UsageError
 
 __all__ = ["Batch", "Batches", "build_batches"]
 

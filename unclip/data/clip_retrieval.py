@@ -46,7 +46,7 @@ class ClipRetrievalRows:
         self.lengths = [len(array) for array in self._images]
         self._check(images, texts, tables, numbers, width)
         self._ends = np.cumsum([0, *self.lengths])
-        self.info = EmbeddingInfo(folder, width, raw_length=False)
+        self.info = EmbeddingInfo(folder, width, has_text=bool(texts), raw_length=False)
         check_pixels(self.info, config)
         self._table = open_table([tables[number] for number in numbers], folder)
         columns = self._table.column_names

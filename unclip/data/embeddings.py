@@ -28,7 +28,7 @@ from torch import Tensor
 
 from unclip.config import DataConfig
 from unclip.data.images import to_pixels
-from unclip.data.rows import Row
+from unclip.data.rows import Row, reason_of
 from unclip.errors import UnclipError, UsageError
 
 MANIFEST = "embeddings.json"
@@ -46,6 +46,7 @@ class EmbeddingInfo:
     text_length: int | None = None
     vocab_size: int | None = None
     clip: dict[str, Any] | None = None  # unclip.clip.identify
+    has_text: bool = True  # whether the captions' embeddings are there too
     raw_length: bool = True  # whether embeddings have the CLIP's own length
     pixels: int | None = None
 
@@ -125,7 +126,7 @@ class EmbeddingRows:
         self.lengths: list[int] = [shard["rows"] for shard in self._shards]
         if not sum(self.lengths):
             raise UnclipError(f"the embeddings in {folder} are empty: they have no samples")
-        names = ("embedding_dim", "token_dim", "text_length", "vocab_size", "clip", "pixels")
+        names = ("embedding_dim", "token_dim", "text_length", "vocab_size", "clip", "pixels", "raw_length")
         self.info = EmbeddingInfo(folder, **{name: body[name] for name in names})
         self._ends = np.cumsum([0, *self.lengths])
         self._open: OrderedDict[int, _Shard] = OrderedDict()
@@ -238,9 +239,8 @@ def open_table(files: list[Path], folder: Path) -> Any:
         paths = [glob.escape(str(file.resolve())) for file in files]
         return datasets.load_dataset("parquet", data_files={"train": paths}, split="train")
     except Exception as error:  # the reader of a format may raise anything
-        from unclip.data.rows import reason_of
-
-        raise UnclipError(f"the captions beside the embeddings in {folder} cannot be read: {reason_of(error)}") from error
+        reason = reason_of(error)
+        raise UnclipError(f"the captions beside the embeddings in {folder} cannot be read: {reason}") from error
 
 
 def check_pixels(info: EmbeddingInfo, config: DataConfig) -> None:
@@ -249,6 +249,12 @@ def check_pixels(info: EmbeddingInfo, config: DataConfig) -> None:
         raise UsageError(
             f"{info.folder} keeps pictures of {info.pixels} px and data.image_size asks for {config.image_size}; "
             f"embed them again with --pixels {config.image_size}, or set data.image_size={info.pixels}"
+        )
+    changes = [name for name in ("crop_size", "horizontal_flip", "augment") if getattr(config, name)]
+    if changes:
+        raise UsageError(
+            f"data.{changes[0]} changes the picture, and {info.folder} holds the embedding of the unchanged one; leave "
+            "it out, or train from the images"
         )
     limits = config.filter
     if limits.min_edge is not None or limits.max_aspect is not None:

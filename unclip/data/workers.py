@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils import worker as torch_worker
 
 from unclip.config import DataConfig
 from unclip.data.making import Batch, Maker, open_sources
@@ -93,6 +94,8 @@ class _Share(IterableDataset[Any]):
         assert info is not None
         # DataLoader begins with worker 0; the batch that comes next may be another's.
         worker = (info.id + (self.start.turn if self.start else 0)) % info.num_workers
+        # `datasets` would divide the shards among the workers once more.
+        torch_worker._worker_info = None
         try:
             maker = Maker(self.config, self.batch_size, self.first + worker, self.parts, self.seed)
             if self.start is not None:

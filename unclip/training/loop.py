@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unclip.config import Config, TrainConfig
-from unclip.data import Batches
+from unclip.data import Batches, Tally
 from unclip.errors import UnclipError
 from unclip.training.checkpoint import files_of, find_checkpoint, save_checkpoint
 from unclip.training.distributed import Distributed, current, told_once
@@ -67,7 +67,8 @@ def fit(
                 state = run.ema.state_dict_full(keep=distributed.is_main)
                 if distributed.is_main:
                     export(state, run.folder / "model")
-                tracker.say(batches.tally.report())
+                tallies = distributed.gather(batches.tally.state_dict())
+                tracker.say(Tally.sum(tallies).report())
                 tracker.say(f"trained to step {run.step}; the model is in {run.folder / 'model'}")
     except OSError as error:
         named = f" ({error.filename})" if error.filename else ""
@@ -143,6 +144,7 @@ class _Run:
             row = {**losses(), **self.window.means(), "lr": self.engine.get_lr()[0]}
             row |= {"grad_norm": self.take_step.gradient_norm(), "skipped_steps": self.skips.total}
             row |= self.tracker.speed(self.step)
+            row |= Tally.sum(self.distributed.gather(self.batches.tally.state_dict())).metrics()
             if config.log_param_norm:
                 row["param_norm"] = parameter_norm(self.engine.module, self.distributed)
         if validation is not None and self._due(config.validate_every):
@@ -187,7 +189,7 @@ class _Run:
         else:
             begin_random_state(self.config.seed, self.step, self.generator, self.distributed)
         self.skips.total, self.skips.in_a_row = own["skipped"]
-        self.batches.load_state_dict(own["data"])
+        self.batches.load_state_dict([file["data"] for file in shards.files])
         self.notes.append(f"continuing {self.folder} from step {self.step}")
 
     def _due(self, every: int) -> bool:

@@ -65,8 +65,10 @@ class Step:
 
     def forward(self, drawn: Any, generator: torch.Generator) -> dict[str, Tensor]:
         """Per-sample losses of a batch, which is moved to the device."""
-        batch: dict[str, Any] = dict(drawn)
-        batch["image"] = batch["image"].to(self.device, non_blocking=True)
+        batch: dict[str, Any] = {
+            name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in drawn.items()
+        }
         # The one place where autocast is entered.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.loss_fn(self.engine, batch, generator)
