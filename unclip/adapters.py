@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -105,11 +106,19 @@ def add_adapter(network: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
         r=config.rank,
         lora_alpha=config.rank if config.alpha is None else config.alpha,
         lora_dropout=config.dropout,
-        target_modules=layers,
+        target_modules=_exactly(network, layers),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, network, adapter_name=_NAME)
+
+
+def _exactly(network: nn.Module, layers: Sequence[str]) -> list[str] | str:
+    """`layers` as peft's target_modules. It takes names that end alike for targets too; then a pattern says it."""
+    others = [name for name, _ in network.named_modules() if name not in set(layers)]
+    if any(name.endswith(f".{layer}") for name in others for layer in layers):
+        return "|".join(re.escape(layer) for layer in layers)
+    return list(layers)
 
 
 def _learns(network: nn.Module, layer: str) -> bool:
@@ -209,7 +218,7 @@ def parse_adapter(text: str | Path | tuple[str | Path, float]) -> tuple[Path, fl
     return folder.expanduser(), float(weight)
 
 
-def fits(adapter: Adapter, config: Any) -> bool:
+def sizes_fit(adapter: Adapter, config: Any) -> bool:
     """Whether a part of this configuration is of the sizes that the adapter names (for a choice of upsamplers)."""
     body = config.model_dump(mode="json")
     return all(adapter.model.get(key) == body.get(key) for key in ("low_size", "high_size"))
@@ -225,7 +234,8 @@ def merge_adapter(network: nn.Module, config: Any, adapter: Adapter, weight: flo
     known = {name: adapter.settings.get(name) for name in ("r", "lora_alpha", "use_rslora", "rank_pattern")}
     known["alpha_pattern"] = adapter.settings.get("alpha_pattern")
     settings = peft.LoraConfig(
-        target_modules=adapter.modules, **{name: value for name, value in known.items() if value is not None}
+        target_modules=_exactly(network, adapter.modules),
+        **{name: value for name, value in known.items() if value is not None},
     )
     frozen = {name: p.requires_grad for name, p in network.named_parameters()}
     peft.inject_adapter_in_model(settings, network, adapter_name=_NAME)
