@@ -26,7 +26,7 @@ from unclip.config import DataConfig
 from unclip.data.embeddings import FORMAT, MANIFEST, find_embeddings, read_manifest
 from unclip.data.images import ImageError, Unwanted, to_float
 from unclip.data.making import decode_row
-from unclip.data.rows import CutRows, Reader, Row, Shards
+from unclip.data.rows import CutRows, Reader, Row, Shards, is_sharded
 from unclip.data.sources import open_source
 from unclip.data.tally import Tally
 from unclip.errors import UnclipError
@@ -109,7 +109,7 @@ def embed_dataset(
 
 def _in_shards(config: DataConfig, rows: int, tally: Tally) -> Shards:
     source = open_source(config, tally)
-    if hasattr(source, "num_shards"):
+    if is_sharded(source):
         return source
     whole, rest = divmod(len(source), rows)
     return CutRows(source, [rows] * whole + ([rest] if rest else []))

@@ -16,7 +16,7 @@ from unclip.data.augment import augment_batch, random_crop, random_flip
 from unclip.data.embeddings import holds_embeddings
 from unclip.data.images import ImageError, Unwanted, to_float
 from unclip.data.order import IndexOrder, MixedOrder, Order, Sample
-from unclip.data.rows import Row, Rows, Shards
+from unclip.data.rows import Row, Rows, Shards, is_sharded
 from unclip.data.select import select
 from unclip.data.sources import open_source
 from unclip.data.stream import StreamOrder
@@ -168,7 +168,7 @@ def _order_of(config: DataConfig, sources: list[Rows | Shards], part: int, parts
     orders: list[Order] = []
     for number, ((one, _), source) in enumerate(zip(config.each(), sources, strict=True)):
         own = seed if len(sources) == 1 else seed * 1009 + number + 1  # two sources never draw alike
-        if hasattr(source, "num_shards"):
+        if is_sharded(source):
             orders.append(StreamOrder(source, one.source, one.shuffle_buffer, part, parts, own))
         else:
             orders.append(IndexOrder(source, one.cache, part, parts, own))

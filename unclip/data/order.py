@@ -59,7 +59,7 @@ class IndexOrder:
         self._permutation: tuple[int, np.ndarray] | None = None
 
     def take(self, count: int) -> list[Sample]:
-        places = []
+        places: list[tuple[int, int, int]] = []
         while len(places) < count:
             position = self._base + self._drawn * self._parts + self._part
             self._drawn += 1

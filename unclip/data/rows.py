@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from unclip.config import FilterConfig
 from unclip.data.columns import Columns
@@ -65,6 +66,11 @@ class Shards(Protocol):
     def num_shards(self) -> int: ...
 
     def open(self, shard: int, state: dict[str, Any] | None = None) -> Reader: ...
+
+
+def is_sharded(source: Rows | Shards) -> TypeIs[Shards]:
+    """Whether a source is read in order, shard by shard."""
+    return hasattr(source, "num_shards")
 
 
 class CutRows:

@@ -88,6 +88,12 @@ class StreamOrder:
         self._source, self._where, self._size = source, name, buffer
         self._part, self._parts, self._seed = part, parts, seed
         self._done: dict[int, Done] = {}  # by epoch
+        self._plain_done: dict[int, dict[str, Any]] = {}
+        self._reader: Reader | None = None
+        self._before: tuple[int, dict[str, Any] | None] = (0, None)  # unit and its reader's state before the block
+        self._block: list[Sample] = []
+        self._stretches: list[_Stretch] = []
+        self._used = 0
         self._begin(0)
 
     def take(self, count: int) -> list[Sample]:
@@ -166,11 +172,8 @@ class StreamOrder:
         done = self._done.get(epoch)
         self._units = units if done is None else [unit for unit in units if not done.whole(unit)]
         self._unit = 0
-        self._reader: Reader | None = None
-        self._before: tuple[int, dict[str, Any] | None] = (0, None)  # unit and its reader's state before the block
-        self._block: list[Sample] = []
-        self._stretches: list[_Stretch] = []
-        self._used = 0
+        self._reader, self._before = None, (0, None)
+        self._block, self._stretches, self._used = [], [], 0
 
     def _next_block(self) -> None:
         self._fill(self._size)

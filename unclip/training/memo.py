@@ -69,7 +69,9 @@ class EmbeddingMemo:
         """`embedding_dim`, `token_dim`, `text_length` and `vocab_size`, as far as the CLIP or the embeddings tell."""
         if self._clip is not None:
             clip = self._clip
-            told = (clip.embedding_dim, clip.token_dim, clip.context_length, clip.vocab_size)
+            told: tuple[int | None, ...] = (
+                clip.embedding_dim, clip.token_dim, clip.context_length, clip.vocab_size,
+            )  # fmt: skip
         else:
             assert self.stored is not None
             found = self.stored
