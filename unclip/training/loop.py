@@ -26,7 +26,7 @@ from unclip.training.step import LossFunction, Step, begin_random_state, random_
 from unclip.training.tracking import Tracker, stage_of
 from unclip.training.validation import Validation
 
-Export = Callable[[dict[str, Tensor], Path], None]
+Export = Callable[[dict[str, Tensor], Path], Path | None]  # where it wrote, if not to the folder given
 Sample = Callable[[nn.Module], Image.Image]
 Diagnose = Callable[[nn.Module], dict[str, float]]
 
@@ -65,11 +65,12 @@ def fit(
             with run.track(run_config) as tracker:
                 run.train(signals, validation, lambda: _draw(run, preview, sample, diagnose))
                 state = run.ema.state_dict_full(keep=distributed.is_main)
+                written: Path | None = None
                 if distributed.is_main:
-                    export(state, run.folder / "model")
+                    written = export(state, run.folder / "model")
                 tallies = distributed.gather(batches.tally.state_dict())
                 tracker.say(Tally.sum(tallies).report())
-                tracker.say(f"trained to step {run.step}; the model is in {run.folder / 'model'}")
+                tracker.say(f"trained to step {run.step}; the model is in {written or run.folder / 'model'}")
     except OSError as error:
         named = f" ({error.filename})" if error.filename else ""
         raise UnclipError(
