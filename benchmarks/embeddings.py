@@ -33,8 +33,8 @@ CLIP = "ViT-B-32"
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks embeddings", description=__doc__)
-    parser.add_argument("--width", type=int, default=512, help="of the prior")
-    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256, help="of the prior")
+    parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)

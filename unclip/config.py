@@ -12,23 +12,43 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from unclip.config_base import Config, ConfigT
+from unclip.config_data import DataConfig, FilterConfig, SourceConfig, SyntheticConfig
+from unclip.config_diffusion import DiffusionConfig, EpsilonStatistics, ScheduleName, XStartClipConfig
 from unclip.errors import UsageError
 
-ConfigT = TypeVar("ConfigT", bound="Config")
+__all__ = [
+    "DETERMINISTIC",
+    "Config",
+    "ConfigT",
+    "DataConfig",
+    "DiffusionConfig",
+    "EpsilonStatistics",
+    "FilterConfig",
+    "GuardConfig",
+    "LoRAConfig",
+    "OffloadConfig",
+    "OptimizerConfig",
+    "SamplerName",
+    "ScheduleName",
+    "SourceConfig",
+    "StepSpec",
+    "SyntheticConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "XStartClipConfig",
+    "check_steps",
+    "count_steps",
+    "load_config",
+    "load_overrides",
+    "parse_config",
+]
 
-
-class Config(BaseModel):
-    """Base of every configuration object: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-ScheduleName = Literal["linear", "cosine", "quadratic", "sigmoid"]
 SamplerName = Literal["ddpm", "ddim", "plms", "pndm", "dpmpp_2m", "unipc", "analytic"]
 DETERMINISTIC = ("plms", "pndm", "dpmpp_2m", "unipc")
 """The samplers that take no eta but 0."""
@@ -80,189 +100,6 @@ def _check_steps_field(spec: Any) -> Any:
 
 StepSpec = Annotated[int | str | tuple[int, ...], BeforeValidator(_check_steps_field)]
 """A field that takes sampling steps as `check_steps` does."""
-
-
-class XStartClipConfig(Config):
-    """What is done to x̂_0 at each sampling step (unclip.diffusion.clip_from)."""
-
-    kind: Literal["none", "static", "dynamic"] = Field(
-        "static", description="leave it, clamp it to ±limit, or threshold it dynamically (Imagen, §2.3)"
-    )
-    limit: float = Field(1.0, gt=0, description="of the static clamp; 1 for pixels in [-1, 1]")
-    percentile: float = Field(0.995, gt=0, le=1, description="of |x̂_0| in each sample, for the dynamic threshold")
-
-
-class DiffusionConfig(Config):
-    """The forward process, what a network predicts of it, and how its losses are weighted."""
-
-    schedule: ScheduleName = "cosine"
-    beta_range: tuple[float, float] | None = Field(
-        None, description="smallest and largest β at T = 1000, by default 1e-4 and 0.02; not for cosine"
-    )
-    zero_terminal_snr: bool = Field(
-        False, description="rescale the schedule so that x_T is pure noise (Lin et al. 2024); needs v or x_start"
-    )
-    timesteps: int = Field(1000, ge=2, le=100_000)
-    prediction: Literal["epsilon", "x_start", "v"] = "epsilon"
-    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
-    vb_weight: float = Field(0.001, ge=0, description="λ of L_hybrid (Improved DDPM, eq. 16); learned_range only")
-    loss_weighting: Literal["none", "min_snr"] = Field(
-        "none", description="min_snr: the squared error weighted by min(SNR, γ) in x_0 (Hang et al. 2023)"
-    )
-    min_snr_gamma: float = Field(5.0, gt=0, description="γ of min_snr")
-    timestep_bias: float = Field(
-        1.0, gt=0, description="t/T = u^(1/bias), u uniform: 1 draws t uniformly, 2 favours noisy timesteps"
-    )
-    x_start_clip: XStartClipConfig | None = Field(
-        None, description="what is done to x̂_0 while sampling; by default what the stage always did"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DiffusionConfig:
-        if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError(
-                "zero_terminal_snr makes x_T pure noise, from which a predicted epsilon tells nothing of x_0; "
-                "set prediction to v or x_start"
-            )
-        if self.zero_terminal_snr and self.loss_weighting == "min_snr":
-            raise ValueError(
-                "min_snr gives the last timestep of a zero_terminal_snr schedule the weight 0, so that it would never "
-                "be trained; leave one of them out"
-            )
-        if self.beta_range is not None:
-            low, high = self.beta_range
-            if self.schedule == "cosine":
-                raise ValueError("beta_range is given, but the cosine schedule has none; leave it out")
-            if not 0 < low < high < 1:
-                raise ValueError(f"beta_range is {[low, high]}, expected 0 < smallest < largest < 1")
-        return self
-
-
-class EpsilonStatistics(Config):
-    """What Analytic-DPM needs to know of a trained model (Bao et al. 2022, eq. 8); `unclip statistics` measures it.
-
-    It stands in a part's folder as analytic.json.
-    """
-
-    timesteps: tuple[int, ...] = Field(min_length=1, description="where it was measured, ascending")
-    epsilon_square: tuple[float, ...] = Field(description="Γ_t = E||ε̂(x_t, t)||²/d at those timesteps")
-    data_variance: float = Field(gt=0, description="variance of an element of x_0; no x_t leaves more open")
-    noise_limit: float | None = Field(
-        None, gt=0, description="largest standard deviation of the last noise that is added; for pixels (App. F.2)"
-    )
-    samples: int = Field(ge=1, description="how many x_0 went into it")
-
-    @model_validator(mode="after")
-    def _table(self) -> EpsilonStatistics:
-        if len(self.timesteps) != len(self.epsilon_square):
-            raise ValueError(f"{len(self.timesteps)} timesteps and {len(self.epsilon_square)} values; expected as many")
-        if list(self.timesteps) != sorted(set(self.timesteps)) or self.timesteps[0] < 0:
-            raise ValueError("timesteps must ascend from 0 or more")
-        if not all(0 <= value < float("inf") for value in self.epsilon_square):
-            raise ValueError("epsilon_square holds a negative or infinite value")
-        return self
-
-
-class SyntheticConfig(Config):
-    """Captioned shapes drawn on the fly; see unclip.data.synthetic."""
-
-    size: int = Field(4096, ge=1, description="number of scenes in an epoch")
-    max_objects: int = Field(2, ge=1, le=3)
-
-
-class FilterConfig(Config):
-    """Which samples are kept. What is left out is counted by its reason, and named nowhere."""
-
-    min_edge: int | None = Field(None, ge=1, description="shortest edge of the picture as stored, in pixels")
-    max_aspect: float | None = Field(None, ge=1, description="longer edge over shorter edge")
-    min_caption: int = Field(0, ge=0, description="characters; of several captions those are kept that fit")
-    max_caption: int | None = Field(None, ge=1, description="characters")
-    score_column: str | None = Field(
-        None, description="a column of numbers, such as the similarity that clip-retrieval and img2dataset write"
-    )
-    min_score: float | None = None
-    max_score: float | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> FilterConfig:
-        if self.max_caption is not None and self.max_caption < self.min_caption:
-            raise ValueError(f"max_caption {self.max_caption} is less than min_caption {self.min_caption}")
-        bounds = [bound for bound in (self.min_score, self.max_score) if bound is not None]
-        if bounds and self.score_column is None:
-            raise ValueError("a score is asked for, but score_column does not say where it stands")
-        if self.score_column is not None and not bounds:
-            raise ValueError("score_column is named without min_score or max_score")
-        if len(bounds) == 2 and bounds[0] > bounds[1]:
-            raise ValueError(f"max_score {bounds[1]} is less than min_score {bounds[0]}")
-        return self
-
-
-class SourceConfig(Config):
-    """One source of a mixture. What is null is as in the `data` section."""
-
-    source: str
-    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources' weights")
-    split: str | None = None
-    streaming: bool | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    key_column: str | None = None
-
-
-class DataConfig(Config):
-    """Where captioned images come from and how one becomes a training sample."""
-
-    source: str = Field(
-        "synthetic",
-        description="'synthetic', a folder of images with metadata.jsonl, a parquet file or glob, webdataset tars "
-        "(file, folder or glob), a Hugging Face Hub id, or a folder of embeddings (`unclip embed --dataset`, or "
-        "clip-retrieval's layout)",
-    )
-    sources: tuple[SourceConfig, ...] = Field((), description="several sources with weights, in the place of `source`")
-    split: str = "train"
-    streaming: bool = False
-    image_column: str | None = None
-    caption_column: str | None = None
-    key_column: str | None = Field(
-        None, description="what names a sample for good; by default __key__, key, or the image's path or content"
-    )
-    filter: FilterConfig = FilterConfig()
-    holdout: float = Field(
-        0.0, ge=0, lt=1, description="share of the samples kept from training, chosen by a hash of their keys"
-    )
-    part: Literal["train", "validation"] = Field("train", description="validation reads what `holdout` keeps back")
-    image_size: int = Field(64, ge=8, le=2048, description="edge of the square image after resizing, in pixels")
-    crop_size: int | None = Field(None, ge=8, description="edge of a random crop of the resized image")
-    horizontal_flip: bool = False
-    augment: bool = Field(False, description="random shift, scale, rotation and background for CLIP training")
-    cache: bool = Field(False, description="keep decoded images in memory (small sets)")
-    shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
-    workers: int = Field(
-        0, ge=0, le=64, description="processes that read and decode; 0 does it in threads of the training process"
-    )
-    prefetch: int = Field(2, ge=1, le=64, description="batches prepared ahead, by each worker where there are some")
-    synthetic: SyntheticConfig = SyntheticConfig()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        if self.crop_size is not None and self.crop_size > self.image_size:
-            raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
-        if self.sources and self.source != "synthetic":
-            raise ValueError(f"both source ({self.source!r}) and sources are named; expected one of them")
-        if self.part == "validation" and self.holdout == 0:
-            raise ValueError("part is validation, but holdout is 0, so that nothing is kept back for it")
-        return self
-
-    def each(self) -> list[tuple[DataConfig, float]]:
-        """The sources one by one, each as a configuration of its own, with their weights."""
-        if not self.sources:
-            return [(self, 1.0)]
-        fields = ("source", "split", "streaming", "image_column", "caption_column", "key_column")
-        result = []
-        for one in self.sources:
-            given = {name: value for name in fields if (value := getattr(one, name)) is not None}
-            result.append((self.model_copy(update={**given, "sources": ()}), one.weight))
-        return result
 
 
 class OptimizerConfig(Config):
