@@ -31,6 +31,7 @@ _TITLES = {
     "param_norm": "parameter norm",
 }
 _LAST = (*("lr", "grad_norm", "param_norm"), *("images_per_second", "mfu", "memory_gib"))
+_VALIDATION = "validation_"
 _RUN_STYLES = ("-", "--", ":", "-.")
 
 
@@ -109,7 +110,8 @@ def draw_curves(
 
 
 def arrange(keys: Sequence[str]) -> list[Panel]:
-    """Keys into panels: losses first, each with its quartiles beside it, then cosines, then the machine's."""
+    """Keys into panels: losses first, each with that of validation in it and its quartiles beside it, and cosines; the
+    machine's last."""
     quartiles: dict[str, list[str]] = {}
     for key in keys:
         stem, _, ending = key.rpartition("_q")
@@ -117,11 +119,13 @@ def arrange(keys: Sequence[str]) -> list[Panel]:
             quartiles.setdefault(stem, []).append(key)
     in_quartiles = {key for group in quartiles.values() for key in group}
     cosines = [key for key in _COSINES if key in keys]
-    plain = [key for key in keys if key not in in_quartiles and key not in _COSINES and key not in _LAST]
-    plain.sort(key=lambda key: key != "loss")
+    held_out = {key for key in keys if key.startswith(_VALIDATION) and key.removeprefix(_VALIDATION) in keys}
+    grouped = {*in_quartiles, *held_out, *_COSINES, *_LAST}
+    plain = sorted((key for key in keys if key not in grouped), key=lambda key: key != "loss")
     panels = []
     for key in plain:
-        panels.append(Panel(_TITLES.get(key, key), (key,)))
+        beside = (_VALIDATION + key,) if _VALIDATION + key in held_out else ()
+        panels.append(Panel(_TITLES.get(key, key), (key, *beside)))
         if key in quartiles:
             panels.append(Panel(f"{key} by quarter of t", tuple(sorted(quartiles.pop(key)))))
     panels += [Panel(f"{stem} by quarter of t", tuple(sorted(group))) for stem, group in quartiles.items()]
@@ -210,6 +214,8 @@ def _scale(place: Any, panel: Panel, logarithmic: bool) -> None:
 def _label(key: str) -> str:
     if key in _COSINES:
         return _COSINES[key]
+    if not key[-1].isdigit() or key[-3:-1] != "_q":
+        return "validation" if key.startswith(_VALIDATION) else "training"
     quarter = int(key[-1])
     return f"q{quarter} {_QUARTERS[quarter]}".strip()
 

@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Step, loss, images a second, MFU, memory and the time left."""
+    """Step, loss, images a second, MFU, memory and the time left; now and then what is measured on fixed samples."""
 
     def __init__(self, steps: int, start: int) -> None:
         self.steps, self.start, self.step = steps, start, start
         self._begun = time.perf_counter()
+        self._shown: dict[str, float] = {}
         self.bar: tqdm | None = None  # type: ignore[type-arg]
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
@@ -28,7 +29,8 @@ class Progress:
         """Show what a line of metrics tells: on the bar from now on, or as a line of its own."""
         parts = describe(metrics)
         if self.bar is not None:
-            self.bar.set_postfix_str(", ".join(parts), refresh=False)
+            self._shown.update(metrics)  # a line of another kind does not take the loss away
+            self.bar.set_postfix_str(", ".join(describe(self._shown)), refresh=False)
         elif parts:
             print("  ".join([f"step {step}/{self.steps}", *parts, f"{self._left(step)} left"]), flush=True)
 
@@ -54,5 +56,7 @@ def describe(metrics: Mapping[str, float]) -> list[str]:
         "images_per_second": "{:,.1f} images/s",
         "mfu": "MFU {:.1%}",
         "memory_gib": "{:.2f} GiB",
+        "validation_loss": "validation {:.4g}",
+        "cos_prediction_real": "cos(prediction, real) {:.3f}",
     }
     return [text.format(metrics[name]) for name, text in words.items() if name in metrics]
