@@ -2,6 +2,8 @@
 python -m benchmarks cold-start …    `unclip sample` as a user meets it, a new process each run
 python -m benchmarks data-loading …  images a second from tars, beside what a training step consumes
 python -m benchmarks embeddings …    a prior's step from stored embeddings, beside the CLIP in the loop
+python -m benchmarks training-loop … the training loop's throughput beside a bare PyTorch loop
+python -m benchmarks kills …         a run that is killed over and over, beside one that is left alone
 
 Each has its own --help; docs/benchmarks.md holds what was measured.
 """
@@ -29,6 +31,14 @@ def main(arguments: list[str]) -> None:
         from benchmarks.embeddings import main as embeddings
 
         embeddings(rest)
+    elif name == "training-loop":
+        from benchmarks.training_loop import main as training_loop
+
+        training_loop(rest)
+    elif name == "kills":
+        from benchmarks.kills import main as kills
+
+        kills(rest)
     elif name in ("-h", "--help"):
         print(__doc__)
     else:
