@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from decoder.config import DecoderConfig, DecoderRunConfig
 from decoder.network import Decoder
 from decoder.sampling import KIND
-from unclip.bundle import load_part
+from unclip.bundle import load_part, read_config
 from unclip.config import parse_config
 from unclip.errors import UnclipError
 from unclip.training.start import Reader, Start, carry_over, inherited, open_start
@@ -25,11 +25,18 @@ def read_part(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     return load_part(folder, KIND, DecoderConfig)
 
 
-def with_start(config: DecoderRunConfig, foreign: Reader | None = None) -> tuple[DecoderRunConfig, Start | None]:
+def read_shape(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
+    """As `read_part`, without the weights."""
+    return read_config(folder, KIND, DecoderConfig), {}
+
+
+def with_start(
+    config: DecoderRunConfig, foreign: Reader | None = None, read: Reader = read_part
+) -> tuple[DecoderRunConfig, Start | None]:
     """Open what `init_from` names, and fill in what `model` leaves out as it is there. Raises as `open_start`."""
     if config.init_from is None:
         return config, None
-    start = open_start(config.init_from, KIND, read_part, foreign=foreign)
+    start = open_start(config.init_from, KIND, read, foreign=foreign)
     model = parse_config(DecoderConfig, inherited(start, config.model), origin=f"model, with {start.folder}")
     return config.model_copy(update={"model": model}), start
 

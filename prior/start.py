@@ -27,13 +27,20 @@ def read_part(folder: Path) -> tuple[PriorConfig | AutoregressivePriorConfig, di
     return read_prior_config(folder), load_weights(folder)
 
 
-def with_start(config: PriorRunConfig, foreign: Reader | None = None) -> tuple[PriorRunConfig, Start | None]:
+def read_shape(folder: Path) -> tuple[PriorConfig | AutoregressivePriorConfig, dict[str, Tensor]]:
+    """As `read_part`, without the weights."""
+    return read_prior_config(folder), {}
+
+
+def with_start(
+    config: PriorRunConfig, foreign: Reader | None = None, read: Reader = read_part
+) -> tuple[PriorRunConfig, Start | None]:
     """Open what `init_from` names, and fill in what `model` leaves out as it is there. Raises as `open_start`, and
     UnclipError: a prior of the other kind.
     """
     if config.init_from is None:
         return config, None
-    start = open_start(config.init_from, KIND, read_part, foreign=foreign)
+    start = open_start(config.init_from, KIND, read, foreign=foreign)
     body = inherited(start, config.model)
     if body["kind"] != start.config.kind:
         raise UnclipError(

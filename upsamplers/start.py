@@ -21,7 +21,14 @@ def read_part(folder: Path) -> tuple[UpsamplerConfig, dict[str, Tensor]]:
     return load_part(folder, KIND, UpsamplerConfig)
 
 
-def with_start(config: UpsamplerRunConfig, foreign: Reader | None = None) -> tuple[UpsamplerRunConfig, Start | None]:
+def read_shape(folder: Path) -> tuple[UpsamplerConfig, dict[str, Tensor]]:
+    """As `read_part`, without the weights."""
+    return read_config(folder, KIND, UpsamplerConfig), {}
+
+
+def with_start(
+    config: UpsamplerRunConfig, foreign: Reader | None = None, read: Reader = read_part
+) -> tuple[UpsamplerRunConfig, Start | None]:
     """Open what `init_from` names, of a bundle the upsampler to data.image_size, and fill in what `model` leaves out as
     it is there. Raises as `open_start`; UsageError: sizes that do not agree.
     """
@@ -31,7 +38,7 @@ def with_start(config: UpsamplerRunConfig, foreign: Reader | None = None) -> tup
     def wanted(folder: Path) -> bool:
         return read_config(folder, KIND, UpsamplerConfig).high_size == config.data.image_size
 
-    start = open_start(config.init_from, KIND, read_part, foreign=foreign, parts=_PARTS, wanted=wanted)
+    start = open_start(config.init_from, KIND, read, foreign=foreign, parts=_PARTS, wanted=wanted)
     body = {**config.model_dump(), "model": inherited(start, config.model)}
     return parse_config(UpsamplerRunConfig, body, origin=f"the configuration, with {start.folder}"), start
 
