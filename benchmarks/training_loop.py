@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=5, help="a turn")
+    parser.add_argument("--steps", type=int, default=10, help="a turn")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--zero", type=int, default=0, choices=range(4))
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")

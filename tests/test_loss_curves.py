@@ -18,8 +18,8 @@ import pytest
 
 FILE = Path(__file__).parent / "data" / "loss_curves.json"
 STEPS = 50
-TOLERANCE = 0.02
-"""Relative; another processor's rounding, amplified over 50 steps, stays far below it."""
+TOLERANCE = 0.005
+"""Relative. Without a processor's vector instructions the curves moved by 0.0003 at most."""
 
 UNET = {"image_size": 8, "model_channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "head_channels": 8}
 TOWER = {"width": 16, "layers": 1, "heads": 2}
