@@ -114,7 +114,7 @@ def to_text(report: dict[str, Any]) -> str:
     machine, prior, ratio = report["machine"], report["prior"], report["times_as_fast"]
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, device {machine['device']}, "
-        f"load {machine['load'][0]}; prior of {prior['parameters'] / 1e6:.1f} M parameters, {CLIP} with random weights, "
+        f"load {machine['load'][0]}; prior of {prior['parameters'] / 1e6:.1f} M parameters, {CLIP} (random), "
         f"batch {report['batch']}, {report['runs']} runs",
         "",
         "| | seconds a step |",

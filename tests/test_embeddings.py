@@ -391,3 +391,26 @@ def test_a_decoder_trains_from_stored_pictures(
     assert DecoderRunConfig.model_fields["clip"].is_required()
 
 
+
+
+@pytest.mark.parametrize("null_text", ["learned", "clip"])
+def test_a_prior_without_token_features_heeds_none(null_text: str, clip: FrozenCLIP) -> None:
+    from prior.config import PriorConfig
+    from prior.network import Prior
+
+    sizes = {"embedding_dim": 16, "token_dim": 24, "text_length": 12, "width": 16, "depth": 1, "heads": 2}
+    torch.manual_seed(0)
+    network = Prior(parse_config(PriorConfig, {**sizes, "text_tokens": False, "null_text": null_text})).eval()
+    if null_text == "clip":
+        network.store_null(clip.encode_text([""]), "unit")
+    text = clip.encode_text(["a red circle", "two blue stars"])
+    drop = torch.tensor([False, True])
+    rest = {"text_embedding": text.embedding, "drop_text": drop}
+    x, t = torch.randn(2, 16), torch.tensor([5, 900])
+    heard = network(x, t, text_tokens=text.tokens, text_mask=text.mask, **rest)
+    none = torch.zeros(2, 1, 1), torch.zeros(2, 1, dtype=torch.bool)  # what embeddings without tokens give
+    assert torch.equal(heard, network(x, t, text_tokens=none[0], text_mask=none[1], **rest))
+    other = network(x, t, text_tokens=none[0], text_mask=none[1], text_embedding=-text.embedding, drop_text=drop)
+    assert not torch.allclose(other[0], heard[0]) and torch.equal(other[1], heard[1])
+    with pytest.raises(UsageError, match="text_encoder reads the caption's tokens"):
+        parse_config(PriorConfig, {"text_tokens": False, "text_encoder": {"width": 16, "depth": 1, "heads": 2}})
