@@ -24,11 +24,13 @@ from unclip.clip import FrozenCLIP
 from unclip.config import TrainConfig, parse_config
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
+from unclip.training.clip import ClipRunConfig
 from unclip.training.finetune import Tuning, choose_trainable
 from unclip.training.start import Start, open_start
 from upsamplers import UpsamplerRunConfig
 from upsamplers.start import with_start as with_upsampler_start
 
+ROOT = Path(__file__).parents[1]
 LEARNED_RANGE = {"prediction": "epsilon", "variance": "learned_range"}
 
 
@@ -127,10 +129,22 @@ def test_what_the_section_model_leaves_out_is_as_in_the_checkpoint(tmp_path: Pat
     assert whole.model == DecoderConfig()
 
 
+def test_a_plan_takes_the_checkpoints_sizes() -> None:
+    from unclip.planning.recipe import read_recipe
+
+    source = json.loads((ROOT / "unclip/models/emoji/decoder/config.json").read_text())["config"]
+    planned = read_recipe(ROOT / "configs/decoder/emoji_lora.yaml").config.model
+    assert planned == parse_config(DecoderConfig, source)
+    told = read_recipe(ROOT / "configs/decoder/paper_inpaint_64.yaml").assumptions
+    assert any("is not here: what the section model leaves out has its default" in text for text in told)
+
+
 def test_without_a_model_and_without_a_start_there_is_no_run() -> None:
     for cls in (DecoderRunConfig, PriorRunConfig):
         with pytest.raises(UsageError, match="no section model; describe the network, or take that of another"):
             parse_config(cls, {"clip": "none"})
+    with pytest.raises(UsageError, match=r"train\.lora is for priors, decoders and upsamplers"):
+        parse_config(ClipRunConfig, {"train": {"lora": {}}})
     with pytest.raises(UsageError, match=r"image_size is 128, expected model.high_size 256"):
         parse_config(UpsamplerRunConfig, {"data": {"image_size": 128}})
 

@@ -80,9 +80,11 @@ def _layers_of(network: nn.Module, kind: str) -> Iterator[str]:
 
     from unclip.nn.blocks import AttentionBlock
 
-    owners: tuple[type, ...] = {"attention": (AttentionBlock, Attention), "feedforward": (FeedForward,)}.get(
-        kind, (nn.Module,)
-    )
+    known: dict[str, tuple[type[nn.Module], ...]] = {
+        "attention": (AttentionBlock, Attention),
+        "feedforward": (FeedForward,),
+    }
+    owners = known.get(kind, (nn.Module,))
     wanted = nn.Conv2d if kind == "conv" else nn.Linear
     for owner, module in network.named_modules():
         if isinstance(module, owners):

@@ -109,7 +109,7 @@ class UnCLIP(Upscaling):
                 stage = UpsamplerStage.load(folder / parts[part], place)
                 upsamplers.append(stage)
                 reached *= stage.config.factor
-        own = {"prior": [prior] if prior else [], "decoder": [decoder], "upsampler": upsamplers}
+        own: dict[str, list[Any]] = {"prior": [prior] if prior else [], "decoder": [decoder], "upsampler": upsamplers}
         apply_adapters(adapters, own, all_there=size is None)
         return cls(clip, decoder, prior, upsamplers, manifest, place, dtype)
 
