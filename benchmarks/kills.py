@@ -48,15 +48,18 @@ def main(arguments: list[str]) -> None:
     moments = []
     cut = options.out / "cut"
     while len(moments) < options.kills:
+        # Some are hit as they start, the others up to so many steps on that the last one still finds the run going;
+        # then at a random time, so in a step, in writing a line of metrics or a checkpoint.
+        ahead = rng.randint(0, max(options.steps // options.kills - 1, 0))
         launch = _Launch(recipe, cut, options)
-        # Whatever it is doing then: starting, a step, writing a checkpoint. Progress is made by those that live on.
-        ended = launch.wait(rng.uniform(0.2, 1.0) * left_alone / 4 + left_alone / 4 * rng.random())
-        if ended:
+        if ahead:
+            launch.wait_for_step(cut, _step(cut) + ahead)
+        if launch.wait(rng.uniform(0, 0.5 if ahead else 20)):
             break
         one = rng.random() < 0.5
         killed = launch.kill(rng, one)
         moments.append({"step": _step(cut), "killed": "one" if one else "all", "processes": killed})
-        print(f"kill {len(moments)}: after step {_step(cut)}, {moments[-1]['killed']}", flush=True)
+        print(f"kill {len(moments)}: after step {_step(cut)}, {moments[-1]['killed']} of {killed}", flush=True)
     if not (cut / "model").exists():
         _Launch(recipe, cut, options).wait()
     same = all(
@@ -92,6 +95,11 @@ class _Launch:
         if code:
             sys.exit(f"the run ended with code {code}; see {self.log.name}")
         return True
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        """Until the run has told of that step, or has ended."""
+        while _step(run_dir) < step and self.process.poll() is None:
+            time.sleep(0.02)
 
     def kill(self, rng: random.Random, one: bool) -> int:
         """SIGKILL to one training process, whose end the launcher answers for the rest, or to everything."""
@@ -132,6 +140,7 @@ def _recipe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _step(run_dir: Path) -> int:
+    """The last step that the metrics tell of."""
     return max((int(row["step"]) for row in _rows(run_dir)), default=0)
 
 

@@ -125,12 +125,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_at(step: int, rank: int) -> Callable[[int], None]:
-    """SIGTERM to one process alone, while it makes that step."""
+def stop_at(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
+    """A signal to one process alone, while it makes that step."""
 
     def before(now: int) -> None:
         if now == step and int(os.environ.get("RANK", 0)) == rank:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     return before
 

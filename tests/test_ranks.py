@@ -32,8 +32,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             patch.delenv(name)
         alone = train(folder / "alone")
         for stage in range(4):
-            with pytest.raises(UnclipError, match=r"stopped by SIGTERM after step 3, which .*step-00000003 keeps"):
-                train(folder / f"one-{stage}", zero_stage=stage, before=stop_at(3, rank=0))
+            number = signal.SIGINT if stage == 0 else signal.SIGTERM
+            sentence = f"stopped by {number.name} after step 3, which .*step-00000003 keeps; enter the same line"
+            with pytest.raises(UnclipError, match=sentence) as stopped:
+                train(folder / f"one-{stage}", zero_stage=stage, before=stop_at(3, 0, number))
+            assert stopped.value.exit_code == 128 + number
         told = run(2, "stages", folder)
         # The other way: one process goes on with what two have written, at another stage.
         back = []
