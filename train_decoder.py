@@ -4,6 +4,9 @@ from decoder.config import DecoderRunConfig
 from unclip.training import main_for
 
 if __name__ == "__main__":
-    from decoder.train import run
+    from functools import partial
 
-    main_for(DecoderRunConfig, run, __doc__)
+    from decoder.train import run
+    from unclip.interop.folders import read_decoder
+
+    main_for(DecoderRunConfig, partial(run, foreign=read_decoder), __doc__)

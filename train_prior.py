@@ -6,6 +6,9 @@ from prior.config import PriorRunConfig
 from unclip.training import main_for
 
 if __name__ == "__main__":
-    from prior.train import run
+    from functools import partial
 
-    main_for(PriorRunConfig, run, __doc__)
+    from prior.train import run
+    from unclip.interop.folders import read_prior
+
+    main_for(PriorRunConfig, partial(run, foreign=read_prior), __doc__)

@@ -4,6 +4,10 @@ from unclip.training import main_for
 from upsamplers.config import UpsamplerRunConfig
 
 if __name__ == "__main__":
+    from functools import partial
+
+    from unclip.interop.folders import read_upsampler
     from upsamplers.train import run
 
-    main_for(UpsamplerRunConfig, run, "Train an upsampler (64 to 256 or 256 to 1024 pixels).")
+    description = "Train an upsampler (64 to 256 or 256 to 1024 pixels)."
+    main_for(UpsamplerRunConfig, partial(run, foreign=read_upsampler), description)

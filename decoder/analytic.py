@@ -36,8 +36,8 @@ def measure_statistics(
     kept = sorted({t for spec in specs for t in timesteps_from(spec, process.timesteps)})
     with torch.inference_mode():
         pairs = (
-            (stage.conditional(embedding, text), image.to(stage.device))
-            for image, embedding, text in memo.first(batches, samples)
+            (stage.conditional(embedding, text), part["image"].to(stage.device))
+            for part, embedding, text in memo.first(batches, samples)
         )
         generator = torch.Generator().manual_seed(seed)
         return measure_epsilon_statistics(pairs, process, kept, generator, pixel_noise_limit())

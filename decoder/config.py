@@ -103,6 +103,9 @@ class DecoderConfig(Config):
     )
     drop_embedding: float = Field(0.1, ge=0, le=1, description="share of samples without image embedding (unCLIP §2.1)")
     drop_text: float = Field(0.5, ge=0, le=1, description="share of samples without caption (unCLIP §2.1)")
+    drop_both: float = Field(
+        0.0, ge=0, le=1, description="share of samples without either, beside what the two drops do (GLIDE §3.2: 0.2)"
+    )
     unet: UNetConfig = UNetConfig()
     diffusion: DiffusionConfig = DiffusionConfig(variance="learned_range")
     steps: StepSpec = Field(50, description="default sampling steps: a number, 'ddim50', or a list of timesteps")
@@ -159,8 +162,15 @@ class DecoderRunConfig(Config):
     clip_cache: int = Field(0, ge=0, description="CLIP features kept in memory; for small sets without augmentation")
     init_from: str | None = Field(
         None,
-        description="a decoder part to start from; its output layer is left out where it predicts something else",
+        description="trained weights to start from: a bundle ('emoji' is the bundled one), the folder of a run or of "
+        "a decoder, or a checkpoint in diffusers' layout; what `model` leaves out is as there",
     )
-    model: DecoderConfig
+    model: DecoderConfig = DecoderConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> DecoderRunConfig:
+        if "model" not in self.model_fields_set and self.init_from is None:
+            raise ValueError("no section model; describe the network, or take that of another with init_from")
+        return self

@@ -34,6 +34,9 @@ def decoder_loss(
     x_t = process.q_sample(x_start, t, noise)
     drop_embedding = torch.rand(count, generator=generator, device=device) < config.drop_embedding
     drop_text = torch.rand(count, generator=generator, device=device) < config.drop_text
+    if config.drop_both:
+        neither = torch.rand(count, generator=generator, device=device) < config.drop_both
+        drop_embedding, drop_text = drop_embedding | neither, drop_text | neither
     condition = {
         "image_embedding": noised_embedding(
             image_embedding, config.embedding_noise, generator, shape=config.embedding_noise_shape

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,16 +109,13 @@ def null_text_state(empty: TextFeatures, config: DecoderConfig) -> dict[str, Ten
     }
 
 
-def with_text_widths(config: DecoderConfig, clip: FrozenCLIP) -> dict[str, Any]:
-    """The entries of a decoder's configuration that the CLIP and the text encoder decide."""
-    widths: dict[str, Any] = {
-        "embedding_dim": clip.embedding_dim,
-        "token_dim": clip.token_dim,
-        "text_length": clip.context_length,
-    }
+def with_text_widths(config: DecoderConfig, clip: Mapping[str, int]) -> dict[str, Any]:
+    """The entries of a decoder's configuration that the CLIP (`EmbeddingMemo.widths`) and the text encoder decide."""
+    names = ("embedding_dim", "token_dim", "text_length")
+    widths: dict[str, Any] = {name: clip[name] for name in names if name in clip}
     text = config.text
-    if isinstance(text, GlideText):
-        widths["text"] = {**text.model_dump(), "vocab_size": clip.vocab_size}
+    if isinstance(text, GlideText) and "vocab_size" in clip:
+        widths["text"] = {**text.model_dump(), "vocab_size": clip["vocab_size"]}
     if isinstance(text, T5Text):
         widths["text"] = {**text.model_dump(), "width": FrozenT5.width_of(text.name)}
     return widths

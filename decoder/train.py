@@ -8,85 +8,81 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from decoder.config import DecoderConfig, DecoderRunConfig
+from decoder.config import DecoderRunConfig
 from decoder.network import Decoder
 from decoder.objective import decoder_loss
 from decoder.sampling import KIND, DecoderStage
+from decoder.start import begin_from, start_from, with_start
 from decoder.text import CaptionEncoder, with_text_widths
-from unclip.bundle import load_part, load_strict, save_part
-from unclip.clip import FrozenCLIP
+from unclip.bundle import save_part
+from unclip.clip import TextFeatures
 from unclip.config import parse_config
-from unclip.data import make_grid, to_pil
 from unclip.diffusion import GaussianDiffusion
-from unclip.errors import UnclipError
-from unclip.training import Distributed, EmbeddingMemo, fit, open_batches
+from unclip.errors import UsageError
+from unclip.training import Distributed, fit, open_batches, open_memo
+from unclip.training.finetune import Tuning
+from unclip.training.previews import captioned_grid, fixed_batch
+from unclip.training.start import Reader, tell
+
+__all__ = ["run", "start_from"]
 
 _PREVIEWS = 16
-_MAY_START_FRESH = ("noise_level_to_time.",)  # ends in zeros: it changes nothing until it has learned
 
 
-def run(config: DecoderRunConfig, distributed: Distributed) -> Path:
-    """Train a decoder on the images and captions of `config.data`, embedded by the frozen CLIP."""
-    clip = FrozenCLIP.load(config.clip, device=distributed.device)
-    widths = with_text_widths(config.model, clip)
+def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
+    """Train a decoder on the images and captions of `config.data`, embedded by the frozen CLIP, or on stored
+    embeddings with their pictures (unclip.training.memo.open_memo).
+
+    `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
+    """
+    config, start = with_start(config, foreign)
+    memo = open_memo(
+        config.data,
+        config.clip,
+        distributed.device,
+        config.clip_cache,
+        unit_length=config.model.embedding_length == "unit",
+        reads_images=True,
+    )
+    widths = with_text_widths(config.model, memo.widths)
     model = parse_config(type(config.model), {**config.model.model_dump(), **widths})
     config = config.model_copy(update={"model": model})
-    memo = EmbeddingMemo(
-        clip,
-        config.clip_cache,
-        unit_length=model.embedding_length == "unit",
-        texts=CaptionEncoder(model, clip),
-    )
+    if memo.stored is None or model.text.kind != "clip":  # captions in another form than the CLIP's features
+        memo.encode_with(lambda clip: CaptionEncoder(model, clip), config.clip)
     torch.manual_seed(config.train.seed)
     network = Decoder(model)
-    if config.init_from is not None:
-        start_from(network, Path(config.init_from))
+    if start is not None:
+        tell(begin_from(network, start), distributed)
     if model.null_text == "clip":
-        network.set_null_text(clip.encode_text([""]))
+        network.set_null_text(memo.null_text())
+    if config.train.lora is not None and start is not None and model.inpainting and not start.config.inpainting:
+        raise UsageError(
+            "train.lora trains adapters alone, and this decoder's new input channels would stay at zero; teach it to "
+            "inpaint without train.lora first"
+        )
+    tuning = Tuning(network, config.train, KIND, model)
     process = GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
-    preview: dict[str, Any] = {}
+
+    def embed(batch: dict[str, Any]) -> tuple[Tensor, Tensor, TextFeatures]:
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        return image, memo.image_of({**batch, "image": image}), memo.text_of(batch)
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        image = batch["image"].contiguous(memory_format=torch.channels_last)
-        embedding, text = memo.encode_image(image), memo.encode_text(batch["caption"])
-        preview.setdefault("first", (embedding[:_PREVIEWS], text[:_PREVIEWS], image[:_PREVIEWS]))
+        image, embedding, text = embed(batch)
         return decoder_loss(engine, process, model, image, embedding, text, generator)
 
     def sample(ema_network: nn.Module) -> Image.Image:
-        """The first images of the run above what the decoder makes of their embeddings."""
-        embedding, text, real = preview["first"]
+        """A few images above what the decoder makes of their embeddings, and their captions below."""
+        batch = fixed_batch(config.data, min(_PREVIEWS, config.train.batch_size))
+        real, embedding, text = embed({**batch, "image": batch["image"].to(distributed.device)})
         stage = DecoderStage(ema_network, model, distributed.device)
         drawn = stage.sample(embedding, range(len(embedding)), text=text)
-        return make_grid([to_pil(x) for x in torch.cat([real.cpu(), drawn.cpu()])], len(embedding))
+        return captioned_grid([real.cpu(), drawn.cpu()], batch["caption"])
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
         save_part(folder, KIND, model, state)
 
-    return fit(network, loss_fn, batches, config.train, run_config=config, export=export, sample=sample)
-
-
-def start_from(network: Decoder, folder: Path) -> None:
-    """Load a trained decoder's weights of the same shape.
-
-    Where it predicts another quantity (ε, x_0, v), the output layer keeps its fresh zeros: it would put out the wrong
-    thing, while the features below it serve as well. An inpainting decoder may start from one that is none: the
-    weights of its additional input channels are zero, so that it begins by painting as the other did (GLIDE, §3.3).
-    The same holds for what tells the network the embedding's noise level.
-    Raises UnclipError: the weights do not fit otherwise.
-    """
-    before, state = load_part(folder, KIND, DecoderConfig)
-    own = network.state_dict()
-    if before.inpainting and not network.config.inpainting:
-        raise UnclipError(f"{folder} holds an inpainting decoder; a decoder that does not inpaint cannot start from it")
-    if network.config.inpainting and not before.inpainting:
-        name = "unet.conv_in.weight"
-        missing = own[name].shape[1] - state[name].shape[1]
-        if missing > 0:
-            state[name] = F.pad(state[name], (0, 0, 0, 0, 0, missing))
-    fresh = [name for name in own if name not in state and name.startswith(_MAY_START_FRESH)]
-    if before.diffusion.prediction != network.config.diffusion.prediction:
-        fresh += [name for name in own if name.startswith("unet.conv_out.")]
-    load_strict(network, {**state, **{name: own[name] for name in fresh}}, folder)
+    write = tuning.exporting(export)
+    return fit(network, loss_fn, batches, config.train, run_config=config, export=write, sample=sample)

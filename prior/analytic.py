@@ -50,5 +50,5 @@ def store_statistics(
     folder: Path, memo: EmbeddingMemo, batches: Iterable[Mapping[str, Any]], samples: int
 ) -> None:
     """Measure an exported prior and keep the result in its folder."""
-    stage = PriorStage.load(folder, memo.clip.device)
+    stage = PriorStage.load(folder, memo.device)
     save_statistics(folder, measure_statistics(stage, memo, batches, samples))

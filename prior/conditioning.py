@@ -62,6 +62,7 @@ class TextConditioned(nn.Module):
     def __init__(self, config: SharedConfig) -> None:
         super().__init__()
         self.width, self.length = config.width, config.text_length
+        self.reads_tokens, self.token_dim = config.text_tokens, config.token_dim
         self.text_scale = config.text_scale or (config.embedding_dim**0.5 if config.embedding_length == "unit" else 1.0)
         own = config.text_encoder
         self.text_encoder = None if own is None else TextEncoder(own, config.token_dim, config.text_length)
@@ -92,6 +93,9 @@ class TextConditioned(nn.Module):
         """text_embedding (B, E), text_tokens (B, L, D), text_mask (B, L) bool, drop_text (B,) bool
         -> tokens (B, L, W), embedding (B, W), mask (B, L) True = may be attended to.
         """
+        if not self.reads_tokens:
+            text_tokens = text_embedding.new_zeros(len(text_embedding), self.length, self.token_dim)
+            text_mask = torch.zeros(text_tokens.shape[:2], dtype=torch.bool, device=text_tokens.device)
         if not self.learned_null:
             dtype = text_tokens.dtype
             text_tokens = torch.where(drop_text[:, None, None], self.clip_null_tokens.to(dtype), text_tokens)
@@ -105,6 +109,8 @@ class TextConditioned(nn.Module):
             tokens = torch.where(drop_text[:, None, None], self.null_tokens.to(tokens.dtype), tokens)
             text = torch.where(drop_text[:, None], self.null_text.to(text.dtype), text)
             text_mask = text_mask | drop_text[:, None]
+        if not self.reads_tokens:
+            text_mask = torch.zeros_like(text_mask)
         return tokens, text, text_mask
 
 

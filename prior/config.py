@@ -36,6 +36,11 @@ class SharedConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     attention_bias: bool = Field(False, description="biases in the attention's four projections, as Karlo has them")
     norm_bias: bool = Field(False, description="LayerNorms with a bias, the final one too, as Karlo has them")
+    text_tokens: bool = Field(
+        True,
+        description="whether the caption's token features are read; without them its embedding says all, for data that "
+        "hold embeddings alone (clip-retrieval)",
+    )
     text_encoder: TextEncoderConfig | None = Field(
         None, description="a Transformer over the CLIP's token features before the prior; null takes them as they are"
     )
@@ -61,6 +66,8 @@ class SharedConfig(Config):
     def _heads_divide(self) -> SharedConfig:
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        if self.text_encoder is not None and not self.text_tokens:
+            raise ValueError("a text_encoder reads the caption's tokens, and text_tokens is false; leave one out")
         return self
 
 
@@ -155,6 +162,20 @@ class PriorRunConfig(Config):
         description="batches of 64 over which the embeddings' statistics are measured before training: mean and "
         "deviation, or principal components, their ends and the distribution of z_i·z_t",
     )
-    model: AnyPriorConfig
+    dashboard_samples: int = Field(
+        256, ge=2, description="embeddings drawn every train.sample_every steps, whose cosines are told"
+    )
+    init_from: str | None = Field(
+        None,
+        description="trained weights to start from: a bundle ('emoji' is the bundled one), the folder of a run or of "
+        "a prior, or a checkpoint in diffusers' layout; what `model` leaves out is as there",
+    )
+    model: AnyPriorConfig = PriorConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> PriorRunConfig:
+        if "model" not in self.model_fields_set and self.init_from is None:
+            raise ValueError("no section model; describe the network, or take that of another with init_from")
+        return self

@@ -25,10 +25,10 @@ def measure_embeddings(config: PriorRunConfig, memo: EmbeddingMemo) -> tuple[Ten
     images, dots = [], [torch.zeros(0)]
     for _ in range(config.statistics_batches):
         batch = next(batches)
-        image = memo.encode_image(batch["image"].to(memo.clip.device))
+        image = memo.image_of(batch)
         images.append(image.cpu())
         if isinstance(config.model, AutoregressivePriorConfig):
-            text = text_embedding(memo.encode_text(batch["caption"]), config.model.embedding_length)
+            text = text_embedding(memo.text_of(batch), config.model.embedding_length)
             dots.append((image * text).sum(1).cpu())
     return torch.cat(images), torch.cat(dots)
 

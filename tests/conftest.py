@@ -21,13 +21,17 @@ TINY_CLIP = {
 @pytest.fixture(scope="session")
 def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random CLIP in open_clip's local-dir layout, as train_clip.py writes it."""
+    return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def make_clip(root: Path) -> Path:
     import torch
 
     from unclip.clip import build_trainable, save_folder, write_vocabulary
     from unclip.config import parse_config
     from unclip.training.clip import ClipConfig
 
-    root = tmp_path_factory.mktemp("clip")
+    root.mkdir(exist_ok=True)
     model_config = parse_config(ClipConfig, TINY_CLIP).open_clip_config()
     vocabulary = root / model_config["text_cfg"]["tokenizer_kwargs"]["bpe_path"]
     write_vocabulary(vocabulary, TINY_CLIP["vocabulary_merges"])  # type: ignore[arg-type]

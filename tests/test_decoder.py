@@ -152,7 +152,7 @@ def test_embedding_and_caption_are_dropped_independently() -> None:
         spy, GaussianDiffusion(own.diffusion), own, torch.zeros(count, 3, 2, 2), unit(count), text(count),
         torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert set(losses) == {"mse", "vb", "loss"} and losses["loss"].shape == (count,)
+    assert set(losses) == {"mse", "vb", "loss", "quartile"} and losses["loss"].shape == (count,)
     embedding, words = spy.calls[0]["drop_embedding"], spy.calls[0]["drop_text"]
     assert 324 <= int(embedding.sum()) <= 476  # 400 expected, ±4 standard deviations
     assert 1874 <= int(words.sum()) <= 2126  # 2000

@@ -20,6 +20,7 @@ from decoder.text import TextTransformer, with_text_widths
 from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.config import parse_config
 from unclip.errors import UnclipError, UsageError
+from unclip.training import EmbeddingMemo
 
 GLIDE: dict[str, Any] = {"kind": "glide", "vocab_size": 20, "length": 6, "width": 16, "depth": 2, "heads": 2}
 CAPTIONS = ["a red disc", "the green disc on the left", "blue", "a disc below the disc on the right"]
@@ -44,7 +45,7 @@ def t5(t5_folder: Path) -> FrozenT5:
 
 def for_clip(clip: FrozenCLIP, **changes: Any) -> DecoderConfig:
     plain = config(**changes)
-    return parse_config(DecoderConfig, {**plain.model_dump(), **with_text_widths(plain, clip)})
+    return parse_config(DecoderConfig, {**plain.model_dump(), **with_text_widths(plain, EmbeddingMemo(clip, 0).widths)})
 
 
 def ids(count: int = 4) -> TextFeatures:

@@ -20,7 +20,7 @@ def test_states_by_zero_stage_in_closed_form() -> None:
     """Bytes a parameter over 8 GPUs: weights 4, moments 8, partition's copy 4, moving average 4, gradients 4."""
     states = {stage: model_states(P, P, stage, 8) for stage in range(4)}
     lasting = {stage: state.lasting for stage, state in states.items()}
-    assert lasting == {0: 16 * P, 1: 8 * P + 12 * P // 8, 2: 8 * P + 12 * P // 8, 3: 20 * P // 8}
+    assert lasting == {0: 12 * P + 4 * P // 8, 1: 4 * P + 16 * P // 8, 2: 4 * P + 16 * P // 8, 3: 20 * P // 8}
     gradients = {stage: state.gradients for stage, state in states.items()}
     assert gradients == {0: 4 * P, 1: 4 * P + 4 * P // 8, 2: 4 * P // 8, 3: 4 * P // 8}
     assert [states[stage].buffers for stage in (0, 1, 2)] == [BUCKET] * 3
@@ -30,8 +30,9 @@ def test_states_by_zero_stage_in_closed_form() -> None:
 
 def test_frozen_parameters_have_no_gradients_or_moments() -> None:
     whole, half = model_states(P, P, 0, 1), model_states(P, P // 2, 0, 1)
-    assert (half.weights, half.ema) == (whole.weights, whole.ema)
+    assert half.weights == whole.weights
     assert (half.optimizer, half.gradients) == (whole.optimizer // 2, whole.gradients // 2)
+    assert half.ema == whole.ema // 2
 
 
 @pytest.mark.parametrize("gpus", [1, 8, 64])
@@ -61,7 +62,7 @@ def test_the_worst_moment() -> None:
     assert need(0, 2) == 16 * P + 10 * P + 4 * P + 7
     assert need(2, 2) == 20 * P + 10 * P + 2 * 4 * P + BUCKET + 7
     small = memory(P, P, zero_stage=0, gpus=8, accumulation=1, frozen=0, peak=lambda share: P)
-    assert small.total == 16 * P + 4 * P + BUCKET  # all gradients, and copies of them on their way
+    assert small.total == 12 * P + 4 * P // 8 + 4 * P + BUCKET  # all gradients, and copies of them on their way
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

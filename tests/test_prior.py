@@ -118,7 +118,8 @@ def test_captions_are_dropped_for_one_sample_in_ten() -> None:
     losses = prior_loss(spy, prior, process, prior.config, truth, text(count), generator)
     dropped = int(spy.dropped[0].sum())
     assert 9620 <= dropped <= 10_380  # 10,000 expected, ±4 standard deviations
-    assert set(losses) == {"mse", "loss", "cosine"} and all(v.shape == (count,) for v in losses.values())
+    assert set(losses) == {"mse", "loss", "cosine", "quartile"}
+    assert all(v.shape == (count,) for v in losses.values())
     # Unit vectors times sqrt(dim) have elements of mean square 1: the loss of answering zero.
     assert torch.allclose(losses["loss"], torch.ones(count), atol=1e-5)
     for rate, expected in ((0.0, 0), (1.0, 500)):

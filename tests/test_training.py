@@ -24,8 +24,9 @@ from decoder.config import DecoderRunConfig
 from prior.config import PriorRunConfig
 from unclip.config import OptimizerConfig, TrainConfig, WandbConfig, parse_config
 from unclip.errors import UnclipError, UsageError
+from unclip.runs import MEASURED
 from unclip.training import Distributed, main_for
-from unclip.training.checkpoint import checkpoints, load_checkpoint
+from unclip.training.checkpoint import checkpoints, find_checkpoint, save_checkpoint
 from unclip.training.clip import ClipRunConfig
 from unclip.training.ema import EMA
 from unclip.training.engine import learning_rate_factor, micro_batch_size
@@ -59,9 +60,10 @@ def test_ema_agrees_with_a_plain_reference() -> None:
         assert full[name].dtype == torch.float32
         assert torch.allclose(full[name].double(), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(full["1.running_mean"], torch.full((3,), 3.0))  # buffers are as they are
-    other = EMA(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), decay=0.9)
-    other.load_state_dict(ema.state_dict())
-    assert other.updates == 120 and torch.equal(other.shadow["0.weight"], full["0.weight"])
+    live = {name: p.detach().clone() for name, p in network.named_parameters()}
+    with ema.applied():
+        assert all(torch.equal(p, full[name]) for name, p in network.named_parameters())
+    assert all(torch.equal(p, live[name]) for name, p in network.named_parameters())
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -69,6 +71,14 @@ def test_learning_rate_warms_up_and_decays() -> None:
     factors = [learning_rate_factor(cosine, step, 110) for step in range(112)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:] == pytest.approx([0.5 * (1 + math.cos(math.pi * min(i, 100) / 100)) for i in range(102)])
+    line = OptimizerConfig(schedule="linear", lr=1e-3, min_lr=2.5e-4)
+    assert [learning_rate_factor(line, step, 4) for step in range(6)] == pytest.approx(
+        [1, 0.8125, 0.625, 0.4375, 0.25, 0.25]
+    )
+    high = OptimizerConfig(schedule="cosine", lr=1e-3, min_lr=5e-4)
+    assert [learning_rate_factor(high, step, 4) for step in (0, 2, 4)] == pytest.approx([1, 0.75, 0.5])
+    with pytest.raises(UsageError, match=r"min_lr is 0.01, above lr 0.0001"):
+        parse_config(OptimizerConfig, {"min_lr": 0.01})
     constant = OptimizerConfig(warmup_steps=2)
     assert [learning_rate_factor(constant, step, 5) for step in range(5)] == [0.5, 1, 1, 1, 1]
 
@@ -80,34 +90,80 @@ def test_batch_is_shared_out_evenly() -> None:
         micro_batch_size(config, Distributed(0, 5, CPU))
 
 
-def test_whole_checkpoints_are_found_in_order(tmp_path: Path) -> None:
-    for step in (2, 10, 9):
-        (tmp_path / f"step-{step:08d}").mkdir()
+def test_checkpoints_are_rotated(tmp_path: Path) -> None:
+    """The newest two stay, and every multiple of ten."""
+    one = Distributed(0, 1, CPU)
     (tmp_path / ".tmp-step-00000011").mkdir()  # a kill while writing
-    assert [path.name for path in checkpoints(tmp_path)] == [
-        "step-00000002",
-        "step-00000009",
-        "step-00000010",
-    ]
-    assert load_checkpoint(tmp_path / "none", None, 0, Distributed(0, 1, CPU)) is None
+    (tmp_path / "step-00000001.txt").touch()
+    for step in (2, 10, 9, 11, 20, 21, 22):
+        save_checkpoint(tmp_path, step, {"step": torch.tensor(step)}, one, keep=2, keep_every=10)
+    kept = [path.name for path in checkpoints(tmp_path)]
+    assert kept == ["step-00000010", "step-00000020", "step-00000021", "step-00000022"]
+    assert find_checkpoint(tmp_path, one, print) == tmp_path / "step-00000022"
+    assert not list(tmp_path.glob(".tmp*"))
+    assert find_checkpoint(tmp_path / "none", one, print) is None
 
 
-def test_checkpoints_of_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ZeRO the first process's part serves all, but for its random states; parts of ZeRO do not."""
-    loaded: list[Path] = []
-    monkeypatch.setattr("unclip.training.checkpoint.load_engine", lambda _engine, folder: loaded.append(folder))
-    folder = tmp_path / "step-00000010"
-    folder.mkdir()
-    randomness = {"generator": torch.ones(2), "torch_rng": torch.ones(2), "cuda_rng": torch.ones(2)}
-    for rank in range(2):
-        torch.save({"step": 10, "rank": rank, **randomness}, folder / f"rank-{rank}.pt")
-    same = load_checkpoint(tmp_path, None, 2, Distributed(1, 2, CPU))
-    assert same is not None and same["rank"] == 1 and torch.equal(same["generator"], torch.ones(2))
-    moved = load_checkpoint(tmp_path, None, 0, Distributed(2, 3, CPU))
-    assert moved == {"step": 10, "rank": 0, **dict.fromkeys(randomness)}
-    assert loaded == [folder] * 2
-    with pytest.raises(UnclipError, match=r"step-00000010 was written by 2 .* ZeRO stage 1.* by 3; start 2, or"):
-        load_checkpoint(tmp_path, None, 1, Distributed(0, 3, CPU))
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "manifest", "format"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, damage: str) -> None:
+    one = Distributed(0, 1, CPU)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"weights": torch.arange(1000.0)}, one, keep=2)
+    newest = tmp_path / "step-00000002"
+    file, manifest = newest / "rank-0.pt", newest / "manifest.json"
+    body = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "manifest":
+        manifest.write_text("{")
+    elif damage == "format":
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
+    else:
+        file.write_bytes(body[:500] if damage == "cut" else body[:500] + b"?" + body[501:])
+    said: list[str] = []
+    assert find_checkpoint(tmp_path, one, said.append) == tmp_path / "step-00000001"
+    reason = {
+        "cut": f"rank-0.pt has 500 bytes, {len(body)} were written",
+        "changed": "rank-0.pt is not what was written",
+        "missing": "rank-0.pt: No such file or directory",
+        "manifest": "manifest.json cannot be understood",
+        "format": "its format is 9, and 1 is the one that is known",
+    }[damage]
+    assert said == [f"the checkpoint {newest} is damaged ({reason}) and is not used"]
+    (tmp_path / "step-00000001" / "rank-0.pt").unlink()
+    with pytest.raises(UnclipError, match=r"no checkpoint in .* can be read \(step-00000002: .*; step-00000001: "):
+        find_checkpoint(tmp_path, one, said.append)
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
+    """The limit on a file's size is met in the middle of writing, as the end of a disk is."""
+    script = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from unclip.errors import UnclipError
+from unclip.training import Distributed
+from unclip.training.checkpoint import checkpoints, find_checkpoint, save_checkpoint
+
+folder, one = Path(sys.argv[1]), Distributed(0, 1, torch.device("cpu"))
+save_checkpoint(folder, 1, {"weights": torch.zeros(10)}, one, keep=1)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+try:
+    save_checkpoint(folder, 2, {"weights": torch.zeros(1_000_000)}, one, keep=1)
+except UnclipError as error:
+    print(error)
+print([path.name for path in sorted(folder.iterdir())], find_checkpoint(folder, one, print).name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    first, second = done.stdout.splitlines()
+    assert first == (
+        f"the checkpoint of step 2 in {tmp_path} cannot be written: File too large; {tmp_path / 'step-00000001'} "
+        "stays. Mend that and enter the same line again"
+    )
+    assert second == "['step-00000001'] step-00000001"
 
 
 def test_metrics_after_the_checkpoint_are_made_again(tmp_path: Path) -> None:
@@ -316,7 +372,7 @@ def test_a_killed_run_continues_to_the_same_weights(recipe: dict[str, Path], tmp
 
     def rows(folder: Path) -> list[dict[str, float]]:
         parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in parsed]
+        return [{k: v for k, v in row.items() if k not in MEASURED} for row in parsed]
 
     assert rows(whole) == rows(cut) and [row["step"] for row in rows(cut)] == list(range(1, STEPS + 1))
     assert len({row["loss"] for row in rows(cut)}) > STEPS / 2
@@ -329,7 +385,7 @@ def test_a_killed_run_continues_to_the_same_weights(recipe: dict[str, Path], tmp
 def test_a_run_begun_before_an_option_existed_goes_on(tmp_path: Path) -> None:
     """Its recorded configuration lacks the option, whose default does what was done then."""
     from unclip.training.distributed import current
-    from unclip.training.loop import _open_run
+    from unclip.training.rundir import open_run
 
     config = parse_config(PriorRunConfig, {"clip": "somewhere", "model": {"width": 32, "heads": 2}})
     body = config.model_dump(mode="json")
@@ -338,8 +394,8 @@ def test_a_run_begun_before_an_option_existed_goes_on(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(body))
-    _open_run(run_dir, config, current())
+    open_run(run_dir, config, config.train, current())
     assert yaml.safe_load((run_dir / "config.yaml").read_text()) == config.model_dump(mode="json")
     changed = parse_config(PriorRunConfig, {"clip": "somewhere", "model": {"width": 64, "heads": 2}})
     with pytest.raises(UnclipError, match="holds a run of another model"):
-        _open_run(run_dir, changed, current())
+        open_run(run_dir, changed, changed.train, current())

@@ -5,27 +5,33 @@ counts.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from unclip.adapters import parse_adapter, read_adapter
 from unclip.bundle import (
     FORMAT,
     MANIFEST,
     PARTS,
     load_weights,
+    read_manifest,
     read_part_json,
     read_statistics,
     replacing,
+    resolve_model,
+    save_part,
     save_statistics,
     save_weights,
     write_json,
 )
 from unclip.clip import CONFIG_FILE
 from unclip.errors import UnclipError, UsageError
+from unclip.parts import apply_adapters
 from unclip.pipeline import UnCLIP
 
 _KINDS = {"prior": "prior", "decoder": "decoder", "upsampler_256": "upsampler", "upsampler_1024": "upsampler"}
@@ -67,6 +73,48 @@ def assemble(
             UnCLIP.from_pretrained(temporary, device="cpu")
         except UnclipError as error:
             raise type(error)(str(error).replace(str(temporary), str(out))) from error
+
+
+def merge(
+    out: Path,
+    model: str | Path,
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    name: str | None = None,
+    dtype: Literal["float16", "float32"] = "float16",
+    overwrite: bool = False,
+) -> None:
+    """Write the bundle `model` with low-rank adapters merged into its weights to the folder `out`.
+
+    Adapters are given as UnCLIP.from_pretrained takes them. Raises UnclipError: as `assemble`, and no adapter, or one
+    for another network; UsageError: none given.
+    """
+    from decoder import DecoderStage
+    from prior import PriorStage
+    from upsamplers import UpsamplerStage
+
+    if not adapters:
+        raise UsageError("no adapter given; name the folder that a run with train.lora wrote")
+    folder = resolve_model(model)
+    manifest = read_manifest(folder)
+    parts = {part: folder / inside for part, inside in manifest["parts"].items() if part in PARTS}
+    card = folder / "README.md"
+    _check(out, parts, None, overwrite)
+    changed = {read_adapter(parse_adapter(given)[0]).part for given in adapters}
+    loaders: dict[str, Any] = {"prior": PriorStage, "decoder": DecoderStage, "upsampler": UpsamplerStage}
+    chosen = [part for part in parts if _KINDS.get(part) in changed]
+    stages = {part: loaders[_KINDS[part]].load(parts[part]) for part in chosen}
+    by_kind = {kind: [stage for part, stage in stages.items() if _KINDS[part] == kind] for kind in loaders}
+    apply_adapters(adapters, by_kind)
+    details = {key: value for key, value in manifest.items() if key not in ("format", "parts")}
+    details["name"] = name or out.absolute().name
+    with tempfile.TemporaryDirectory() as scratch:
+        for part, stage in stages.items():
+            save_part(Path(scratch) / part, _KINDS[part], stage.config, stage.network.state_dict())
+            statistics = read_statistics(parts[part])
+            if statistics is not None:  # close to those of the merged weights; `unclip statistics` measures them anew
+                save_statistics(Path(scratch) / part, statistics)
+            parts[part] = Path(scratch) / part
+        assemble(out, parts, details, card if card.is_file() else None, dtype, overwrite)
 
 
 def _check(out: Path, parts: Mapping[str, Path], card: Path | None, overwrite: bool) -> None:

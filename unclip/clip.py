@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip.bundle import read_json, replacing, write_json
+from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing, resolve_model, write_json
 from unclip.errors import UnclipError
 
 CONFIG_FILE = "open_clip_config.json"
@@ -83,7 +83,8 @@ class FrozenCLIP(nn.Module):
     @classmethod
     def load(cls, name: str, pretrained: str | None = None, device: torch.device | str = "cpu") -> FrozenCLIP:
         """Load a CLIP by what `name` is: a folder with `open_clip_config.json` (+ weights), an open_clip architecture
-        (with a `pretrained` tag or file, or `name` as 'ViT-B-32/openai'), or a Hub id 'hf-hub:user/name'.
+        (with a `pretrained` tag or file, or `name` as 'ViT-B-32/openai'), a Hub id 'hf-hub:user/name', or a bundle
+        with one inside ('emoji' is the bundled one).
 
         Raises UnclipError when nothing of that name can be loaded; pretrained weights that open_clip must download are
         kept in the Hub's cache.
@@ -91,7 +92,7 @@ class FrozenCLIP(nn.Module):
         import open_clip
 
         logging.getLogger("open_clip").setLevel(logging.ERROR)
-        folder = Path(name)
+        folder = clip_folder(name)
         tokenizer_options: dict[str, Any] = {}
         if folder.is_dir():
             if not (folder / CONFIG_FILE).is_file():
@@ -192,6 +193,18 @@ class FrozenCLIP(nn.Module):
                 f"the prompt is longer than {whose} {length} tokens and was cut; dropped: {dropped!r}",
                 stacklevel=3,
             )
+
+
+def clip_folder(name: str) -> Path:
+    """`name` as a path; of a bundle's folder, or of the bundled model's name, the CLIP inside it."""
+    folder = Path(name)
+    if (name == BUNDLED and not folder.exists()) or (folder / MANIFEST).is_file():
+        folder = resolve_model(name)
+        parts = read_manifest(folder)["parts"]
+        if "clip" not in parts:
+            raise UnclipError(f"{folder / MANIFEST} names no 'clip'; it has {', '.join(parts)}")
+        return folder / parts["clip"]
+    return folder
 
 
 def architecture(name: str) -> dict[str, Any] | None:

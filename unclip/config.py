@@ -12,23 +12,43 @@ import re
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from unclip.config_base import Config, ConfigT
+from unclip.config_data import DataConfig, FilterConfig, SourceConfig, SyntheticConfig
+from unclip.config_diffusion import DiffusionConfig, EpsilonStatistics, ScheduleName, XStartClipConfig
 from unclip.errors import UsageError
 
-ConfigT = TypeVar("ConfigT", bound="Config")
+__all__ = [
+    "DETERMINISTIC",
+    "Config",
+    "ConfigT",
+    "DataConfig",
+    "DiffusionConfig",
+    "EpsilonStatistics",
+    "FilterConfig",
+    "GuardConfig",
+    "LoRAConfig",
+    "OffloadConfig",
+    "OptimizerConfig",
+    "SamplerName",
+    "ScheduleName",
+    "SourceConfig",
+    "StepSpec",
+    "SyntheticConfig",
+    "TrainConfig",
+    "WandbConfig",
+    "XStartClipConfig",
+    "check_steps",
+    "count_steps",
+    "load_config",
+    "load_overrides",
+    "parse_config",
+]
 
-
-class Config(BaseModel):
-    """Base of every configuration object: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-ScheduleName = Literal["linear", "cosine", "quadratic", "sigmoid"]
 SamplerName = Literal["ddpm", "ddim", "plms", "pndm", "dpmpp_2m", "unipc", "analytic"]
 DETERMINISTIC = ("plms", "pndm", "dpmpp_2m", "unipc")
 """The samplers that take no eta but 0."""
@@ -82,121 +102,6 @@ StepSpec = Annotated[int | str | tuple[int, ...], BeforeValidator(_check_steps_f
 """A field that takes sampling steps as `check_steps` does."""
 
 
-class XStartClipConfig(Config):
-    """What is done to x̂_0 at each sampling step (unclip.diffusion.clip_from)."""
-
-    kind: Literal["none", "static", "dynamic"] = Field(
-        "static", description="leave it, clamp it to ±limit, or threshold it dynamically (Imagen, §2.3)"
-    )
-    limit: float = Field(1.0, gt=0, description="of the static clamp; 1 for pixels in [-1, 1]")
-    percentile: float = Field(0.995, gt=0, le=1, description="of |x̂_0| in each sample, for the dynamic threshold")
-
-
-class DiffusionConfig(Config):
-    """The forward process, what a network predicts of it, and how its losses are weighted."""
-
-    schedule: ScheduleName = "cosine"
-    beta_range: tuple[float, float] | None = Field(
-        None, description="smallest and largest β at T = 1000, by default 1e-4 and 0.02; not for cosine"
-    )
-    zero_terminal_snr: bool = Field(
-        False, description="rescale the schedule so that x_T is pure noise (Lin et al. 2024); needs v or x_start"
-    )
-    timesteps: int = Field(1000, ge=2, le=100_000)
-    prediction: Literal["epsilon", "x_start", "v"] = "epsilon"
-    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
-    vb_weight: float = Field(0.001, ge=0, description="λ of L_hybrid (Improved DDPM, eq. 16); learned_range only")
-    loss_weighting: Literal["none", "min_snr"] = Field(
-        "none", description="min_snr: the squared error weighted by min(SNR, γ) in x_0 (Hang et al. 2023)"
-    )
-    min_snr_gamma: float = Field(5.0, gt=0, description="γ of min_snr")
-    timestep_bias: float = Field(
-        1.0, gt=0, description="t/T = u^(1/bias), u uniform: 1 draws t uniformly, 2 favours noisy timesteps"
-    )
-    x_start_clip: XStartClipConfig | None = Field(
-        None, description="what is done to x̂_0 while sampling; by default what the stage always did"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DiffusionConfig:
-        if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError(
-                "zero_terminal_snr makes x_T pure noise, from which a predicted epsilon tells nothing of x_0; "
-                "set prediction to v or x_start"
-            )
-        if self.zero_terminal_snr and self.loss_weighting == "min_snr":
-            raise ValueError(
-                "min_snr gives the last timestep of a zero_terminal_snr schedule the weight 0, so that it would never "
-                "be trained; leave one of them out"
-            )
-        if self.beta_range is not None:
-            low, high = self.beta_range
-            if self.schedule == "cosine":
-                raise ValueError("beta_range is given, but the cosine schedule has none; leave it out")
-            if not 0 < low < high < 1:
-                raise ValueError(f"beta_range is {[low, high]}, expected 0 < smallest < largest < 1")
-        return self
-
-
-class EpsilonStatistics(Config):
-    """What Analytic-DPM needs to know of a trained model (Bao et al. 2022, eq. 8); `unclip statistics` measures it.
-
-    It stands in a part's folder as analytic.json.
-    """
-
-    timesteps: tuple[int, ...] = Field(min_length=1, description="where it was measured, ascending")
-    epsilon_square: tuple[float, ...] = Field(description="Γ_t = E||ε̂(x_t, t)||²/d at those timesteps")
-    data_variance: float = Field(gt=0, description="variance of an element of x_0; no x_t leaves more open")
-    noise_limit: float | None = Field(
-        None, gt=0, description="largest standard deviation of the last noise that is added; for pixels (App. F.2)"
-    )
-    samples: int = Field(ge=1, description="how many x_0 went into it")
-
-    @model_validator(mode="after")
-    def _table(self) -> EpsilonStatistics:
-        if len(self.timesteps) != len(self.epsilon_square):
-            raise ValueError(f"{len(self.timesteps)} timesteps and {len(self.epsilon_square)} values; expected as many")
-        if list(self.timesteps) != sorted(set(self.timesteps)) or self.timesteps[0] < 0:
-            raise ValueError("timesteps must ascend from 0 or more")
-        if not all(0 <= value < float("inf") for value in self.epsilon_square):
-            raise ValueError("epsilon_square holds a negative or infinite value")
-        return self
-
-
-class SyntheticConfig(Config):
-    """Captioned shapes drawn on the fly; see unclip.data.synthetic."""
-
-    size: int = Field(4096, ge=1, description="number of scenes in an epoch")
-    max_objects: int = Field(2, ge=1, le=3)
-
-
-class DataConfig(Config):
-    """Where captioned images come from and how one becomes a training sample."""
-
-    source: str = Field(
-        "synthetic",
-        description="'synthetic', a folder of images with metadata.jsonl, a parquet file or glob, webdataset tars "
-        "(file, folder or glob), or a Hugging Face Hub id",
-    )
-    split: str = "train"
-    streaming: bool = False
-    image_column: str | None = None
-    caption_column: str | None = None
-    image_size: int = Field(64, ge=8, le=2048, description="edge of the square image after resizing, in pixels")
-    crop_size: int | None = Field(None, ge=8, description="edge of a random crop of the resized image")
-    horizontal_flip: bool = False
-    augment: bool = Field(False, description="random shift, scale, rotation and background for CLIP training")
-    cache: bool = Field(False, description="keep decoded images in memory (small sets)")
-    shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
-    synthetic: SyntheticConfig = SyntheticConfig()
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> DataConfig:
-        if self.crop_size is not None and self.crop_size > self.image_size:
-            raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
-        return self
-
-
 class OptimizerConfig(Config):
     """AdamW, warm-up and decay of the learning rate."""
 
@@ -205,8 +110,44 @@ class OptimizerConfig(Config):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="of the learning rate after the warm-up; the last two fall to min_lr at train.steps"
+    )
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a cosine or linear schedule")
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0 leaves gradients alone")
+    kernel: Literal["auto", "torch", "deepspeed"] = Field(
+        "auto",
+        description="torch's fused AdamW, or DeepSpeed's FusedAdam (CPUAdam on the CPU); auto takes the latter for a "
+        "GPU run whose optimizer is offloaded",
+    )
+
+    @model_validator(mode="after")
+    def _falls(self) -> OptimizerConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is {self.min_lr:g}, above lr {self.lr:g}")
+        return self
+
+
+class OffloadConfig(Config):
+    """What DeepSpeed keeps off the GPU. It costs time; see docs/training.md."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="AdamW's state and the weights it updates; ZeRO 1 to 3, nvme with 3 only"
+    )
+    parameters: Literal["none", "cpu"] = Field("none", description="this process's part of the weights; ZeRO 3")
+    nvme_path: str | None = Field(None, description="folder on a local disk, for nvme")
+
+
+class GuardConfig(Config):
+    """What ends a run that goes wrong."""
+
+    max_skipped: int = Field(
+        20, ge=1, description="steps in a row without a finite loss and gradient, after which the run ends"
+    )
+    compare_every: int = Field(
+        500, ge=0, description="steps between comparisons of the processes' weights (ZeRO 0 to 2); 0 is before saving"
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others")
 
 
 class WandbConfig(Config):
@@ -216,6 +157,24 @@ class WandbConfig(Config):
     project: str = "unclip"
     name: str | None = None
     tags: tuple[str, ...] = ()
+    group: str | None = None
+
+
+class LoRAConfig(Config):
+    """Low-rank adapters beside frozen weights (Hu et al. 2022): W + alpha/rank · B·A, of which only A and B learn."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float | None = Field(None, gt=0, description="by default `rank`, which makes the factor 1")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on what goes into the adapters, in training")
+    target: tuple[str, ...] = Field(
+        ("attention",),
+        min_length=1,
+        description="layers that get one: 'attention', 'feedforward', 'conv', 'linear' (all linear ones), or patterns "
+        "such as 'unet.middle.*'",
+    )
+    export: Literal["merged", "adapter", "both"] = Field(
+        "both", description="what the run writes: a whole model/, a small adapter/ in peft's layout, or both"
+    )
 
 
 class TrainConfig(Config):
@@ -230,14 +189,46 @@ class TrainConfig(Config):
         "float32", description="bfloat16 means autocast; parameters and EMA stay float32"
     )
     zero_stage: Literal[0, 1, 2, 3] = 0
-    compile: bool = False
+    offload: OffloadConfig = OffloadConfig()
+    deepspeed: str | None = Field(
+        None, description="a DeepSpeed JSON; what it says must not be said otherwise in this configuration"
+    )
+    compile: bool = Field(False, description="torch.compile of the network")
+    freeze: tuple[str, ...] = Field((), description="patterns of parameters that do not learn, such as 'unet.down.*'")
+    trainable: tuple[str, ...] = Field((), description="patterns of the parameters that learn, and no others do")
+    lora: LoRAConfig | None = Field(None, description="train low-rank adapters alone")
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     log_every: int = Field(10, ge=1)
+    log_param_norm: bool = Field(False, description="tell the norm of all parameters as well")
+    peak_tflops: float | None = Field(
+        None,
+        gt=0,
+        description="peak of one process's device, of which the MFU is a share; by default the GPU's data sheet says "
+        "it, and on a CPU a matrix product",
+    )
     checkpoint_every: int = Field(1000, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    sample_every: int = Field(0, ge=0, description="steps between grids of samples; 0 draws none")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay")
+    keep_every: int = Field(0, ge=0, description="checkpoints at multiples of this step stay as well; 0: none")
+    validate_every: int = Field(
+        0, ge=0, description="steps between losses of the EMA model on data.holdout, which training never sees; 0: none"
+    )
+    validate_batches: int = Field(8, ge=1, description="micro-batches a process, the same every time")
+    sample_every: int = Field(
+        0, ge=0, description="steps between grids of samples (prior: measurements of them); 0 makes none"
+    )
     wandb: WandbConfig = WandbConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> TrainConfig:
+        given = [name for name in ("freeze", "trainable", "lora") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} are given; each says what learns by itself (lora trains its adapters alone), so "
+                "name one of them"
+            )
+        return self
 
 
 def load_config(cls: type[ConfigT], path: str | Path, overrides: list[str] | None = None) -> ConfigT:
@@ -257,6 +248,15 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: list[str] | Non
     for override in overrides or []:
         _apply_override(data, override)
     return parse_config(cls, data, origin=str(file))
+
+
+def load_overrides(
+    cls: type[ConfigT], data: dict[str, Any], overrides: list[str], origin: str = "the configuration"
+) -> ConfigT:
+    """A plain dictionary with `a.b=value` overrides on top, validated. Raises UsageError as `load_config` does."""
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(cls, data, origin)
 
 
 def parse_config(cls: type[ConfigT], data: dict[str, Any], origin: str = "the configuration") -> ConfigT:

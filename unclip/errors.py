@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UnclipError(Exception):
     """A failure that the user can understand and mend; the command ends with exit code 1."""
@@ -13,3 +16,14 @@ class UsageError(UnclipError):
     """Wrong usage: an argument or option that cannot be meant; the command ends with exit code 2."""
 
     exit_code = 2
+
+
+def nearest(pattern: str, names: Iterable[str]) -> str:
+    """What an error adds about a dotted name or pattern that is not there: those most like it, or the first few."""
+    known = list(dict.fromkeys(names))
+    parents = [".".join(name.split(".")[:depth]) for name in known for depth in range(1, name.count(".") + 1)]
+    every = list(dict.fromkeys([*parents, *known]))
+    close = difflib.get_close_matches(pattern.rstrip("*."), every, n=3, cutoff=0.6)
+    if close:
+        return f"nearest: {', '.join(close)}"
+    return f"there are {', '.join(known[:3])}{f', … ({len(known)} in all)' if len(known) > 3 else ''}"

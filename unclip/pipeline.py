@@ -26,7 +26,7 @@ from unclip.inputs import (
     resolve_device,
     to_bytes,
 )
-from unclip.parts import bundle_sizes, check_fit, image_pixels
+from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels
 from unclip.upscaling import Progress, Timings, Upscaling
 
 if TYPE_CHECKING:
@@ -76,12 +76,15 @@ class UnCLIP(Upscaling):
         dtype: torch.dtype = torch.float32,
         size: int | None = None,
         revision: str | None = None,
+        adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     ) -> UnCLIP:
         """Load a bundle: the bundled model by default, a folder with `unclip.json`, or a Hub id 'user/name'.
 
         `dtype` is the precision that the networks compute in; `size` leaves out the upsamplers that are not
-        needed for it. Raises UnclipError: no such folder, a part missing, parts that do not fit together,
-        weights damaged, no such device. UsageError: a size that the model cannot make.
+        needed for it; `adapters` are folders of low-rank adapters, 'FOLDER', 'FOLDER:0.5' or (folder, 0.5), which
+        are merged into the weights. Raises UnclipError: no such folder, a part missing, parts that do not fit
+        together, weights damaged, an adapter for another network, no such device. UsageError: a size that the
+        model cannot make.
         """
         from decoder import DecoderStage
         from prior import PriorStage
@@ -106,6 +109,8 @@ class UnCLIP(Upscaling):
                 stage = UpsamplerStage.load(folder / parts[part], place)
                 upsamplers.append(stage)
                 reached *= stage.config.factor
+        own: dict[str, list[Any]] = {"prior": [prior] if prior else [], "decoder": [decoder], "upsampler": upsamplers}
+        apply_adapters(adapters, own, all_there=size is None)
         return cls(clip, decoder, prior, upsamplers, manifest, place, dtype)
 
     @property

@@ -159,7 +159,10 @@ class UpsamplerRunConfig(Config):
         None, gt=0, le=1, description="edge of the crops over high_size, a quarter in the paper; sets data.crop_size"
     )
     init_from: str | None = Field(
-        None, description="an upsampler part to start from; its first network also starts a missing last-step network"
+        None,
+        description="trained weights to start from: a bundle ('emoji' is the bundled one), the folder of a run or of "
+        "an upsampler, or a checkpoint in diffusers' layout; what `model` leaves out is as there. Its first network "
+        "also starts a missing last-step network",
     )
     last_step_share: float = Field(
         0.25, ge=0, le=1, description="share of the samples that train the last-step network; 1 trains it alone"
@@ -174,7 +177,8 @@ class UpsamplerRunConfig(Config):
         model, data, fraction = body.get("model", {}), body.get("data", {}), body["crop_fraction"]
         if isinstance(data, DataConfig):
             data = data.model_dump()
-        size = model.high_size if isinstance(model, UpsamplerConfig) else model.get("high_size", 256)
+        usual = data.get("image_size", 256) if isinstance(data, dict) and body.get("init_from") else 256
+        size = model.high_size if isinstance(model, UpsamplerConfig) else model.get("high_size", usual)
         if not isinstance(data, dict) or not isinstance(size, int):
             return body
         crop = round(size * fraction)
@@ -185,6 +189,8 @@ class UpsamplerRunConfig(Config):
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> UpsamplerRunConfig:
+        if self.init_from is not None and not {"high_size", "low_size"} <= self.model.model_fields_set:
+            return self  # the checkpoint has the rest; the run checks again
         if self.data.image_size != self.model.high_size:
             raise ValueError(
                 f"data.image_size is {self.data.image_size}, expected model.high_size {self.model.high_size}"

@@ -10,30 +10,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip.bundle import load_part, load_strict, save_part
-from unclip.data import build_batches, make_grid, to_pil
+from unclip.bundle import save_part
 from unclip.diffusion import GaussianDiffusion
 from unclip.diffusion.guidance import Network
 from unclip.training import Distributed, fit, open_batches
-from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
+from unclip.training.finetune import Tuning
+from unclip.training.previews import captioned_grid, fixed_batch
+from unclip.training.start import Reader, tell
+from upsamplers.config import UpsamplerRunConfig
 from upsamplers.network import Upsampler
 from upsamplers.objective import downsample, upsampler_loss
 from upsamplers.sampling import KIND, UpsamplerStage
+from upsamplers.start import begin_from, start_from, with_start
 
 if TYPE_CHECKING:
     from PIL import Image
 
+__all__ = ["run", "start_from"]
+
 _PREVIEWS = 4
 
 
-def run(config: UpsamplerRunConfig, distributed: Distributed) -> Path:
-    """Train as configured; returns the folder of the exported EMA model."""
+def run(config: UpsamplerRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
+    """Train as configured; returns the folder of the exported EMA model.
+
+    `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
+    """
+    config, start = with_start(config, foreign)
     train = config.train
     torch.manual_seed(train.seed)  # the network's initial weights
     network = Upsampler(config.model)
-    if config.init_from is not None:
-        start_from(network, Path(config.init_from))
+    if start is not None:
+        tell(begin_from(network, start), distributed)
     _freeze(network, config)
+    tuning = Tuning(network, train, KIND, config.model)
     process = GaussianDiffusion(config.model.diffusion)
     batches = open_batches(config.data, train, distributed)
 
@@ -44,50 +54,29 @@ def run(config: UpsamplerRunConfig, distributed: Distributed) -> Path:
         save_part(folder, KIND, config.model, state)
 
     sample = _preview(config) if train.sample_every and distributed.rank == 0 else None
-    return fit(network, loss_fn, batches, train, run_config=config, export=export, sample=sample)
-
-
-def start_from(network: Upsampler, folder: Path) -> None:
-    """Load a trained upsampler's weights of the same shape.
-
-    What it lacks and `network` has starts anew, except a last-step network: that one starts as a copy of the trained
-    network, to be fine-tuned for its step (Karlo). Where it predicts another quantity (ε, x_0, v), the output layers
-    keep their fresh zeros, as it would put out the wrong thing. UnclipError: weights that do not fit.
-    """
-    before, state = load_part(folder, KIND, UpsamplerConfig)
-    fresh = network.state_dict()
-    if network.config.last_step_network and not before.last_step_network:
-        state |= {name.replace("unet.", "last_unet.", 1): value for name, value in state.items() if _of_unet(name)}
-    if before.diffusion.prediction != network.config.diffusion.prediction or before.residual != network.config.residual:
-        state |= {name: value for name, value in fresh.items() if "unet.conv_out." in name}
-    if before.noise_augmentation is None:
-        state |= {name: value for name, value in fresh.items() if name.startswith("level_embed.")}
-    load_strict(network, state, folder)
-
-
-def _of_unet(name: str) -> bool:
-    return name.startswith("unet.")
+    return fit(network, loss_fn, batches, train, run_config=config, export=tuning.exporting(export), sample=sample)
 
 
 def _freeze(network: Upsampler, config: UpsamplerRunConfig) -> None:
     """A network that no sample trains keeps its weights, whatever the optimizer's weight decay."""
     if config.model.last_step_network and config.last_step_share == 1:
-        network.requires_grad_(False)
-        network.last_unet.requires_grad_(True)
+        for name, parameter in network.named_parameters():
+            if not name.startswith("last_unet."):
+                parameter.requires_grad_(False)
     if config.model.last_step_network and config.last_step_share == 0:
         network.last_unet.requires_grad_(False)
 
 
 def _preview(config: UpsamplerRunConfig) -> Any:
     """A function that draws condition, result and original of a few whole images, one column an image."""
-    data = config.data.model_copy(update={"crop_size": None, "cache": False})
-    truth = next(build_batches(data, batch_size=_PREVIEWS, seed=config.train.seed + 1))["image"]
+    batch = fixed_batch(config.data, _PREVIEWS, seed=config.train.seed + 1)
+    truth = batch["image"]
     low_res = downsample(truth, config.model)
 
     def sample(network: nn.Module) -> Image.Image:
         assert isinstance(network, Upsampler)
         result = UpsamplerStage.from_network(network).sample(low_res, range(len(low_res))).cpu()
         blocks = F.interpolate(low_res, size=truth.shape[-2:], mode="nearest")
-        return make_grid([to_pil(image) for image in torch.cat([blocks, result, truth])], columns=len(truth))
+        return captioned_grid([blocks, result, truth], batch["caption"])
 
     return sample

@@ -7,7 +7,11 @@ from typing import Annotated
 import typer
 
 from unclip.cli import draw, inspect
+from unclip.cli.embed import embed
+from unclip.cli.merge import merge
 from unclip.cli.plan import params, plan
+from unclip.cli.plot import plot
+from unclip.cli.runs import runs
 from unclip.cli.statistics import statistics
 from unclip.cli.upscale import upscale
 
@@ -50,11 +54,14 @@ for command in (
     draw.variations,
     draw.decode,
     upscale,
-    inspect.embed,
+    embed,
     inspect.bundle,
+    merge,
     inspect.info,
     statistics,
     params,
     plan,
+    runs,
+    plot,
 ):
     app.command()(command)

@@ -50,6 +50,7 @@ class Setting:
     json_lines: bool
     quiet: bool
     options: dict[str, Any]  # of UnCLIP.sample and its siblings
+    adapters: list[str] | None = None
 
     def load(self) -> UnCLIP:
         """The model, without the upsamplers that the size does not need."""
@@ -58,7 +59,9 @@ class Setting:
         from unclip.pipeline import UnCLIP
 
         dtype = getattr(torch, self.dtype.value)
-        return UnCLIP.from_pretrained(self.model, device=self.device, dtype=dtype, size=self.size)
+        return UnCLIP.from_pretrained(
+            self.model, device=self.device, dtype=dtype, size=self.size, adapters=self.adapters or ()
+        )
 
 
 Draw = Callable[[Sequence[Job], Bars], "list[Image]"]
@@ -75,6 +78,7 @@ def sample(
     seed: opt.Seed = 0,
     size: opt.Size = None,
     model: opt.Model = "emoji",
+    adapter: opt.Adapter = None,
     out: opt.Out = None,
     guidance: opt.Guidance = None,
     guidance_text: opt.GuidanceText = None,
@@ -112,7 +116,7 @@ def sample(
         upsampler_steps=upsampler_steps,
         memory_limit=memory_limit,
     )
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
+    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling, adapter)
     system = setting.load()
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
@@ -128,6 +132,7 @@ def variations(
     seed: opt.Seed = 0,
     size: opt.Size = None,
     model: opt.Model = "emoji",
+    adapter: opt.Adapter = None,
     out: opt.Out = None,
     guidance: opt.Guidance = None,
     decoder_steps: opt.DecoderSteps = None,
@@ -154,7 +159,7 @@ def variations(
         upsampler_steps=upsampler_steps,
         memory_limit=memory_limit,
     )
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
+    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling, adapter)
     system = setting.load()
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
@@ -173,6 +178,7 @@ def decode(
     seed: opt.Seed = 0,
     size: opt.Size = None,
     model: opt.Model = "emoji",
+    adapter: opt.Adapter = None,
     out: opt.Out = None,
     guidance: opt.Guidance = None,
     decoder_steps: opt.DecoderSteps = None,
@@ -198,7 +204,7 @@ def decode(
         upsampler_steps=upsampler_steps,
         memory_limit=memory_limit,
     )
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling)
+    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling, adapter)
     system = setting.load()
     rows = check_embeddings(array, system.clip.embedding_dim)
     jobs = [
@@ -264,6 +270,8 @@ def _metadata(job: Job, image: Image, name: str, setting: Setting) -> dict[str, 
         "unclip": __version__,
         "dtype": setting.dtype.value,
     }
+    if setting.adapters:
+        text["adapters"] = ", ".join("/".join(Path(given).parts[-2:]) for given in setting.adapters)
     chosen = {key: value for key, value in setting.options.items() if key != "size"}
     return {**text, "options": json.dumps(chosen)} if chosen else text
 

@@ -1,4 +1,4 @@
-"""The commands that draw nothing: embed, bundle, info."""
+"""The commands that draw nothing: bundle, info."""
 
 from __future__ import annotations
 
@@ -9,39 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from unclip.cli import options as opt
-from unclip.cli.output import check_free, check_writable, write_atomically
-from unclip.errors import UnclipError, UsageError
-
-_EMBED_BATCH = 32
-
-
-def embed(
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    out: Annotated[Path, typer.Option(help="The .npy file to write.")],
-    model: opt.Model = "emoji",
-    device: opt.Device = "auto",
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Write the CLIP embeddings of pictures as a .npy file.
-
-    They are float32 (N, E), of unit length, in the order given; `unclip decode` takes them.
-    """
-    if out.suffix.lower() != ".npy":
-        raise UsageError(f"--out {out} is no .npy file")
-    check_free(out, overwrite)
-    check_writable(out.parent)
-    import numpy as np
-
-    from unclip.parts import image_pixels, load_clip
-
-    clip = load_clip(model, device)
-    rows = []
-    for start in range(0, len(images), _EMBED_BATCH):
-        pixels = image_pixels(images[start : start + _EMBED_BATCH], clip.image_size, clip.device)
-        rows.append(clip.encode_image(pixels).cpu().numpy())
-    array = np.concatenate(rows).astype(np.float32)
-    write_atomically(out, lambda stream: np.save(stream, array, allow_pickle=False), replace=overwrite)
-    print(out)
+from unclip.errors import UnclipError
 
 
 def bundle(

@@ -54,6 +54,12 @@ Model = Annotated[
         metavar="NAME|DIR|HUB-ID", help="The bundled model 'emoji', a folder, or a Hub id user/name."
     ),
 ]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DIR[:WEIGHT]", help="A folder of low-rank adapters, merged with this weight (default: 1); repeatable."
+    ),
+]
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where it runs; auto takes CUDA if there is one.")
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unclip.data.batches import Batch, Batches, build_batches
     from unclip.data.images import ImageError, decode_image, load_image, make_grid, to_pil, to_tensor
-    from unclip.data.sources import Tally
+    from unclip.data.tally import Tally
 
 __all__ = [
     "Batch",
@@ -30,7 +30,7 @@ _HOME = {
     **dict.fromkeys(
         ("ImageError", "decode_image", "load_image", "make_grid", "to_pil", "to_tensor"), "images"
     ),
-    "Tally": "sources",
+    "Tally": "tally",
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from unclip.config import DataConfig
 from unclip.errors import UnclipError
 
 _IMAGES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "image_path")
@@ -25,57 +26,95 @@ _CAPTIONS = (
 )
 
 
+_KEYS = ("key", "json.key", "__key__", "sample_id")
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Where an example keeps its image and captions."""
+    """Where an example keeps its image, captions, key and score."""
 
     images: tuple[str, ...]  # several where a tar mixes formats: each example fills one of them
     caption: tuple[str, ...]  # a path into nested columns
-    has_key: bool
+    key: tuple[str, ...] | None
+    score: tuple[str, ...] | None
+    others: tuple[str, ...]  # __key__ and __error__, where there are such
     decoded_by_datasets: tuple[str, ...]
 
     @property
     def top_level(self) -> list[str]:
-        return list(dict.fromkeys([*self.images, self.caption[0], *(["__key__"] if self.has_key else [])]))
+        nested = [path[0] for path in (self.caption, self.key, self.score) if path is not None]
+        return list(dict.fromkeys([*self.images, *nested, *self.others]))
 
     def image_of(self, example: Mapping[str, Any]) -> Any:
         """What the image column holds: bytes, a path, a dictionary of both, or None."""
         return next((value for name in self.images if (value := example.get(name)) is not None), None)
 
-    def captions(self, example: Mapping[str, Any]) -> tuple[str, ...]:
-        """The captions of an example; empty when there is none."""
-        value: Any = example
-        for name in self.caption:
-            value = value.get(name) if isinstance(value, Mapping) else None
-        if isinstance(value, str):
-            return (value,)
-        if isinstance(value, (list, tuple)):
-            return tuple(text for text in value if isinstance(text, str))
-        return ()
+    def captions(self, example: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
+        """The captions of an example, none where it has none, and how many were no UTF-8 text."""
+        value = _at(example, self.caption)
+        texts, undecodable = [], 0
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, bytes):
+                try:
+                    text = text.decode("utf-8")
+                except UnicodeDecodeError:
+                    undecodable += 1
+            if isinstance(text, str):
+                texts.append(text)
+        return tuple(texts), undecodable
+
+    def key_of(self, example: Mapping[str, Any]) -> str | None:
+        value = None if self.key is None else _at(example, self.key)
+        return None if value is None else str(value)
+
+    def score_of(self, example: Mapping[str, Any]) -> float | None:
+        value = None if self.score is None else _at(example, self.score)
+        try:
+            return None if value is None else float(value)
+        except (TypeError, ValueError):
+            return None
 
 
-def find_columns(
-    dataset: Any, example: Mapping[str, Any], image: str | None, caption: str | None, source: str
-) -> Columns:
+def _at(example: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = example
+    for name in path:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
+def find_columns(dataset: Any, example: Mapping[str, Any], config: DataConfig) -> Columns:
     """Resolve the configured column names, or find the usual ones.
 
     `example` is one row, for data sets whose features are unknown. Raises UnclipError that lists the columns.
     """
     import datasets
 
+    source = config.source
     features: Mapping[str, Any] = dataset.features if dataset.features is not None else example
     typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    images: tuple[str, ...] = (_pick(image, list(features), typed, _IMAGES, "image", source),)
-    has_key = "__key__" in features
-    if has_key and image is None:
+    images: tuple[str, ...] = (_pick(config.image_column, list(features), typed, _IMAGES, "image", source),)
+    if "__key__" in features and config.image_column is None:
         images += tuple(name for name in typed if name != images[0])
     texts = _paths(features)
-    caption_name = _pick(caption, list(texts), [], _CAPTIONS, "caption", source)
-    _check_text(texts[caption_name], caption_name, source)
+    caption = _pick(config.caption_column, list(texts), [], _CAPTIONS, "caption", source)
+    _check_text(texts[caption], caption, source)
+    score, key = config.filter.score_column, config.key_column
+    if score is not None:
+        _pick(score, list(texts), [], (), "score", source)
+    if key is not None:
+        _pick(key, list(texts), [], (), "key", source)
+    else:
+        key = next((name for name in _KEYS if name in texts), None)
+
+    def path(name: str | None) -> tuple[str, ...] | None:
+        return None if name is None else (name,) if name in features else tuple(name.split("."))
+
     return Columns(
         images=images,
-        caption=(caption_name,) if caption_name in features else tuple(caption_name.split(".")),
-        has_key=has_key,
+        caption=path(caption) or (),
+        key=path(key),
+        score=path(score),
+        others=tuple(name for name in ("__key__", "__error__") if name in features),
         decoded_by_datasets=tuple(name for name in images if name in typed),
     )
 
@@ -119,7 +158,7 @@ def _check_text(feature: Any, name: str, source: str) -> None:
     """A caption column of numbers would make every sample look broken; say so at once."""
     inner = getattr(feature, "feature", feature)  # of a list
     kind = getattr(inner, "dtype", None)
-    if isinstance(kind, str) and "string" not in kind and kind != "null":
+    if isinstance(kind, str) and "string" not in kind and kind not in ("null", "binary", "large_binary"):
         raise UnclipError(
             f"the caption column {name!r} of {source!r} holds {kind}, expected text or a list of texts"
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +21,25 @@ from unclip.errors import UnclipError
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
 
 
+class Unwanted(Exception):
+    """The configuration leaves this sample out; the message is the reason it is counted under."""
+
+
 class ImageError(UnclipError):
     """Bytes or a file that cannot be read as an image; the message is one sentence that names it."""
 
 
 def decode_image(
-    source: bytes | str | Path, name: str | None = None, min_edge: int | None = None
+    source: bytes | str | Path,
+    name: str | None = None,
+    min_edge: int | None = None,
+    check: Callable[[int, int], None] | None = None,
 ) -> Image.Image:
     """Decode an encoded image (bytes) or an image file (path) to RGB, the first frame of an animated one.
 
     `name` stands for the picture in error messages (default: the path). `min_edge` lets a JPEG be decoded at
-    a reduced resolution, both edges still at least that many pixels, which is several times faster.
+    a reduced resolution, both edges still at least that many pixels, which is several times faster. `check` is
+    called with width and height before anything is decoded, and may raise.
     Raises ImageError: no such file, not an image, truncated, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     file: io.BytesIO | Path
@@ -45,11 +54,13 @@ def decode_image(
     try:
         with Image.open(file, formats=_known_formats()) as image:
             _refuse_bomb(image, label)
+            if check is not None:
+                check(image.width, image.height)
             if min_edge is not None and image.format in ("JPEG", "MPO"):
                 image.draft(None, (min_edge, min_edge))
             image.load()
             return to_rgb(_upright(image))
-    except ImageError:
+    except (ImageError, Unwanted):
         raise
     except Image.UnidentifiedImageError as error:
         raise ImageError(

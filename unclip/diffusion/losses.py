@@ -22,7 +22,8 @@ Likelihood = Literal["discrete", "continuous"]
 def training_losses(
     process: GaussianDiffusion, output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
-    """Losses of a network's `output` at (x_t, t), each (B,): `mse` (L_simple), `loss`, with a learned variance `vb`.
+    """Losses of a network's `output` at (x_t, t), each (B,): `mse` (L_simple), `loss`, with a learned variance `vb`;
+    beside them `quartile` (B,) int64, the quarter 0 to 3 of the process that t lies in.
 
     `loss` is the squared error, weighted where the configuration says so, plus with a learned variance λ·T·vb, which
     estimates λ·L_vlb; the mean is detached in it (L_hybrid; Improved DDPM, eq. 16 and §3.1). `vb` is the term of the
@@ -31,11 +32,13 @@ def training_losses(
     prediction, fraction = process.split_output(output, x_start.shape[1])
     mse = _mean_flat((prediction - process.target(x_start, t, noise)) ** 2)
     weighted = mse * loss_weight(process, t, mse)
+    quartile = 4 * t // process.timesteps
     if fraction is None:
-        return {"mse": mse, "loss": weighted}
+        return {"mse": mse, "loss": weighted, "quartile": quartile}
     frozen = process.to_prediction(torch.cat([prediction.detach(), 2 * fraction - 1], dim=1), x_t, t)
     vb = variational_bound(process, frozen, x_start, x_t, t)
-    return {"mse": mse, "vb": vb, "loss": weighted + process.config.vb_weight * process.timesteps * vb}
+    loss = weighted + process.config.vb_weight * process.timesteps * vb
+    return {"mse": mse, "vb": vb, "loss": loss, "quartile": quartile}
 
 
 def loss_weight(process: GaussianDiffusion, t: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unclip.planning.gpus import GPUS, Gpu, find_gpu
+    from unclip.gpus import GPUS, Gpu, find_gpu
     from unclip.planning.parameters import count_parameters
     from unclip.planning.recipe import Recipe, read_recipe
     from unclip.planning.report import PlanOptions, plan
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["GPUS", "Gpu", "PlanOptions", "Recipe", "count_parameters", "find_gpu", "plan", "read_recipe"]
 
 _HOME = {
-    **dict.fromkeys(("GPUS", "Gpu", "find_gpu"), "gpus"),
-    "count_parameters": "parameters",
-    **dict.fromkeys(("PlanOptions", "plan"), "report"),
-    **dict.fromkeys(("Recipe", "read_recipe"), "recipe"),
+    **dict.fromkeys(("GPUS", "Gpu", "find_gpu"), "unclip.gpus"),
+    "count_parameters": "unclip.planning.parameters",
+    **dict.fromkeys(("PlanOptions", "plan"), "unclip.planning.report"),
+    **dict.fromkeys(("Recipe", "read_recipe"), "unclip.planning.recipe"),
 }
 
 
@@ -29,4 +29,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

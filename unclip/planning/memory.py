@@ -3,7 +3,7 @@
 Weights, their gradients, AdamW's moments and the moving average are float32; bfloat16 means autocast, whose copies are
 among the activations. The figures by ZeRO stage were measured on the engine, also with two and four processes: from
 stage 1 on DeepSpeed keeps a flat copy of the partition of weights that its optimizer updates, and a bucket in which
-gradients wait to be reduced; the moving average is whole on every GPU below stage 3.
+gradients wait to be reduced; of the moving average every GPU has its own part at every stage.
 """
 
 from __future__ import annotations
@@ -59,22 +59,23 @@ def model_states(parameters: int, trainable: int, zero_stage: int, gpus: int, ac
     """States of a network by ZeRO stage (Rajbhandari et al. 2020, §5, with float32 throughout)."""
     moments = _MOMENTS * _FLOAT32 * trainable
     whole, own = _FLOAT32 * trainable, _share(_FLOAT32 * trainable, gpus)
+    ema = own  # frozen weights are their own average
     if zero_stage == 0:
         # All gradients are reduced at the end of the backward pass, a bucket's worth of copies at a time.
         copies = min(whole, _FLOAT32 * _REDUCE_BUCKET)
-        return States(_FLOAT32 * parameters, moments, _FLOAT32 * parameters, whole, copies)
+        return States(_FLOAT32 * parameters, moments, ema, whole, copies)
     optimizer = own + _share(moments, gpus)  # with the partition's copy of the weights
     bucket = _FLOAT32 * _REDUCE_BUCKET
     if zero_stage == 1:
         reduced = own if gpus > 1 else 0
-        return States(_FLOAT32 * parameters, optimizer, _FLOAT32 * parameters, whole + reduced, bucket)
+        return States(_FLOAT32 * parameters, optimizer, ema, whole + reduced, bucket)
     # The gradients of this micro-batch and, where several are accumulated, of those before it.
     gradients = own * (2 if accumulation > 1 else 1)
     if zero_stage == 2:
-        return States(_FLOAT32 * parameters, optimizer, _FLOAT32 * parameters, gradients, bucket)
+        return States(_FLOAT32 * parameters, optimizer, ema, gradients, bucket)
     gathered = _FLOAT32 * (min(parameters, _MAX_LIVE) + min(parameters, _PREFETCH))
     partition = _share(_FLOAT32 * parameters, gpus)
-    return States(partition, optimizer, partition, gradients, bucket + gathered)
+    return States(partition, optimizer, ema, gradients, bucket + gathered)
 
 
 def memory(

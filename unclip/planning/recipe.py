@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict
 
 from unclip.bundle import read_json
-from unclip.clip import CONFIG_FILE, architecture
+from unclip.clip import CONFIG_FILE, architecture, clip_folder
 from unclip.config import Config, load_config, parse_config
 from unclip.errors import UnclipError, UsageError
 
@@ -54,10 +54,11 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, stage: str
     found = stage or _stage_of(file, overrides or [])
     if found not in _CLASSES:
         raise UsageError(f"no stage {found!r}; known: {', '.join(STAGES)}")
-    config = load_config(_config_class(found), file, overrides)
+    config, told = _with_start(found, load_config(_config_class(found), file, overrides))
     if found in ("clip", "upsampler"):
-        return Recipe(found, file, config)
-    return _with_clip(found, file, config)
+        return Recipe(found, file, config, assumptions=told)
+    recipe = _with_clip(found, file, config)
+    return replace(recipe, assumptions=(*told, *recipe.assumptions))
 
 
 def _stage_of(file: Path, overrides: list[str]) -> str:
@@ -90,6 +91,21 @@ def _config_class(stage: str) -> type[Config]:
     module, name = _CLASSES[stage]
     found: type[Config] = getattr(import_module(module), name)
     return found
+
+
+def _with_start(stage: str, config: Any) -> tuple[Any, tuple[str, ...]]:
+    """Fill in what a run takes from the weights that it starts from."""
+    if getattr(config, "init_from", None) is None:
+        return config, ()
+    from unclip.interop import folders
+
+    package = import_module("upsamplers.start" if stage == "upsampler" else f"{stage}.start")
+    try:
+        return package.with_start(config, getattr(folders, f"read_{stage}"), package.read_shape)[0], ()
+    except UnclipError:
+        if "model" not in config.model_fields_set:
+            raise
+        return config, (f"{config.init_from} is not here: what the section model leaves out has its default",)
 
 
 def _with_clip(stage: str, file: Path, config: Any) -> Recipe:
@@ -128,7 +144,7 @@ def _t5_width(name: str) -> dict[str, int]:
 
 def _find_clip(name: str, file: Path) -> tuple[dict[str, Any] | None, str]:
     """The `model_cfg` of the CLIP that a run names, and in words where it was found."""
-    folder = Path(name)
+    folder = clip_folder(name)
     if (folder / CONFIG_FILE).is_file():
         shape = read_json(folder / CONFIG_FILE).get("model_cfg")
         if not isinstance(shape, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= shape.keys():

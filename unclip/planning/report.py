@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unclip.errors import UsageError
-from unclip.planning.gpus import Gpu
+from unclip.gpus import Gpu
 from unclip.planning.memory import Memory, memory
 from unclip.planning.parameters import count_parameters
 from unclip.planning.recipe import Recipe

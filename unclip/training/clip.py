@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from unclip.clip import build_trainable, clip_loss, save_folder, write_vocabulary
 from unclip.config import Config, DataConfig, TrainConfig
 from unclip.errors import UnclipError
 from unclip.training.distributed import Distributed
+from unclip.training.finetune import Tuning
 from unclip.training.launch import open_batches
 from unclip.training.loop import fit
 
@@ -75,6 +76,12 @@ class ClipRunConfig(Config):
     data: DataConfig = DataConfig(augment=True)
     train: TrainConfig = TrainConfig()
 
+    @model_validator(mode="after")
+    def _trained_whole(self) -> ClipRunConfig:
+        if self.train.lora is not None:
+            raise ValueError("train.lora is for priors, decoders and upsamplers; a CLIP has train.freeze and trainable")
+        return self
+
 
 def run(config: ClipRunConfig, distributed: Distributed) -> Path:
     """Train and write the model in open_clip's local-dir layout."""
@@ -87,6 +94,7 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
         raise UnclipError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
     torch.manual_seed(config.train.seed)
     model, tokenizer = build_trainable(config.model.open_clip_config(), vocabulary_folder)
+    Tuning(model, config.train, "clip", config.model)
 
     def loss_fn(network: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         output = network(batch["image"], tokenizer(batch["caption"]).to(batch["image"].device))

@@ -1,108 +1,164 @@
-"""DeepSpeed behind one door: engine, optimizer, schedule. The only module that imports deepspeed, with `ema`."""
+"""DeepSpeed behind one door: engine, optimizer, schedule. The only module that imports deepspeed."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
 
 from unclip.config import OptimizerConfig, TrainConfig
-from unclip.errors import UsageError
+from unclip.errors import UnclipError
 from unclip.training.distributed import Distributed
+from unclip.training.settings import deepspeed_config, micro_batch
 
 
 def micro_batch_size(config: TrainConfig, distributed: Distributed) -> int:
     """Samples a process sees at once; UsageError when the batch does not divide evenly."""
-    parts = distributed.world_size * config.accumulation
-    if config.batch_size % parts:
-        raise UsageError(
-            f"train.batch_size {config.batch_size} does not divide over {distributed.world_size} processes × "
-            f"{config.accumulation} accumulation steps; use a multiple of {parts}"
-        )
-    return config.batch_size // parts
+    return micro_batch(config, distributed.world_size)
 
 
 def learning_rate_factor(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Factor on the learning rate at an optimizer step: linear warm-up, then constant or half a cosine down to 0."""
+    """Factor on the learning rate at an optimizer step: linear warm-up, then constant, or half a cosine or a line down
+    to min_lr."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = min((step - config.warmup_steps) / max(steps - config.warmup_steps, 1), 1.0)
+    height = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0 - progress
+    lowest = config.min_lr / config.lr
+    return lowest + (1 - lowest) * height
 
 
 def start_engine(network: nn.Module, config: TrainConfig, distributed: Distributed) -> Any:
     """Wrap the network in a DeepSpeed engine with AdamW and the schedule of `config`. Parameters stay float32."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    backend = "nccl" if distributed.device.type == "cuda" else "gloo"
-    _group_of_one(backend)
+    start_group(config, distributed)
     import deepspeed
 
-    if not deepspeed.comm.is_initialized():
-        if distributed.device.type == "cpu":
-            # Compiling this op takes minutes and a C++ compiler at the first start; gloo alone is as good on a few
-            # cores.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
     network = network.to(distributed.device)
-    options = config.optimizer
     # ZeRO-3 replaces the parameters, so their groups must be plain lists made before; norms and biases do not decay.
     decayed = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=options.lr, betas=options.betas, eps=options.eps, fused=True
-    )
+    decay = config.optimizer.weight_decay
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = _adamw([g for g in groups if g["params"]], config, distributed)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(options, step, config.steps)
+        optimizer, lambda step: learning_rate_factor(config.optimizer, step, config.steps)
     )
     engine, *_ = deepspeed.initialize(
         model=network,
         optimizer=optimizer,
         lr_scheduler=schedule,
-        config={
-            "train_micro_batch_size_per_gpu": micro_batch_size(config, distributed),
-            "gradient_accumulation_steps": config.accumulation,
-            "gradient_clipping": options.grad_clip,
-            "zero_optimization": {"stage": config.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 10**9,
-        },
+        config=deepspeed_config(config, distributed.world_size),
         dist_init_required=False,
     )
+    _bound_waiting(config)
+    if config.compile:
+        engine.compile()  # in place: the state's names stay
     return engine
 
 
-def barrier() -> None:
-    """Wait for all processes."""
+def start_group(config: TrainConfig, distributed: Distributed) -> None:
+    """Connect the processes; nothing where that is done. UnclipError: they do not find each other."""
+    backend = "nccl" if distributed.device.type == "cuda" else "gloo"
+    _group_of_one(backend)
     import deepspeed
 
     if deepspeed.comm.is_initialized():
-        deepspeed.comm.barrier()
+        return
+    if distributed.device.type == "cpu":
+        # Compiling this op takes minutes and a C++ compiler at the first start; gloo alone is as good on a few cores.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(distributed.device)
+    try:
+        deepspeed.init_distributed(
+            dist_backend=backend, verbose=False, timeout=timedelta(minutes=config.guard.timeout_minutes)
+        )
+    except RuntimeError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UnclipError(
+            f"process {distributed.rank} of {distributed.world_size} did not find the others at {place}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
-def save_engine(engine: Any, folder: Path) -> None:
-    """Write the engine's shards into `folder`; every process calls this."""
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+def apply_gradients(engine: Any, config: TrainConfig) -> tuple[Any, bool]:
+    """End the optimizer step on all processes -> (global gradient norm before clipping, whether weights changed).
+
+    Where the norm is not finite, weights, moments and their counts stay, and the schedule goes on.
+    """
+    if config.zero_stage == 0:
+        trained = [p for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        applied = bool(norm.isfinite())
+        if not applied:
+            engine.zero_grad()  # without gradients AdamW does nothing at all
+        elif config.optimizer.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(trained, config.optimizer.grad_clip, norm)
+        engine.step()
+        return norm, applied
+    engine.step()  # ZeRO has the norm only now; it clips, and skips by itself
+    applied = engine.was_step_applied()
+    if not applied:
+        engine.lr_scheduler.step()
+    return engine.get_global_grad_norm(), applied
 
 
-def load_engine(engine: Any, folder: Path) -> None:
-    """Read what `save_engine` wrote; every process calls this."""
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+def set_schedule(engine: Any, step: int) -> None:
+    """Let the learning rate be that of `step`, from the configuration as it is now."""
+    schedule = engine.lr_scheduler
+    schedule.last_epoch = step
+    for group, rate, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(step)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
-def gathered(parameter: Any) -> Any:
-    """Context manager in which a ZeRO-3 parameter is whole on every process."""
-    import deepspeed
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig, distributed: Distributed) -> torch.optim.Optimizer:
+    options = config.optimizer
+    common: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
+    offloaded = config.offload.optimizer != "none"
+    cuda = distributed.device.type == "cuda"
+    if config.offload.optimizer == "nvme":
+        from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    return deepspeed.zero.GatheredParameters([parameter])
+        if not AsyncIOBuilder().is_compatible():
+            raise UnclipError(
+                "train.offload.optimizer nvme needs DeepSpeed's async_io, which cannot be built here; libaio and its "
+                "headers are what it needs. train.offload.optimizer: cpu does without"
+            )
+    if options.kernel == "torch" or (options.kernel == "auto" and not (offloaded and cuda)):
+        return torch.optim.AdamW(groups, **common, fused=True)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+    try:
+        if offloaded or not cuda:
+            return DeepSpeedCPUAdam(groups, **common, adamw_mode=True)
+        return FusedAdam(groups, **common, adam_w_mode=True)
+    except Exception as error:
+        if options.kernel == "auto":
+            return torch.optim.AdamW(groups, **common, fused=True)
+        raise UnclipError(
+            f"DeepSpeed's AdamW cannot be built here ({str(error).splitlines()[0] if str(error) else error}); it needs "
+            "a C++ compiler. train.optimizer.kernel: torch does without"
+        ) from error
+
+
+def _bound_waiting(config: TrainConfig) -> None:
+    """DeepSpeed's own groups of processes wait as long as all the others do."""
+    world = getattr(torch.distributed.distributed_c10d, "_world", None)
+    bound = timedelta(minutes=config.guard.timeout_minutes)
+    if hasattr(torch.distributed, "set_timeout") and world is not None:
+        for group in list(world.pg_map):
+            torch.distributed.set_timeout(bound, group)
 
 
 def _group_of_one(backend: str) -> None:

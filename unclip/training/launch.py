@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
@@ -13,6 +16,7 @@ from unclip.data import Batches, build_batches
 from unclip.errors import UnclipError
 from unclip.training.distributed import Distributed, current
 from unclip.training.engine import micro_batch_size
+from unclip.training.settings import deepspeed_config, settle
 
 
 def main_for(
@@ -21,23 +25,44 @@ def main_for(
     description: str,
     argv: list[str] | None = None,
 ) -> None:
-    """Parse `--config FILE [key=value …]`, load the configuration and run. Exit code 2 for wrong usage, 1 for
-    failure."""
+    """Parse `--config FILE [key=value …]`, load the configuration and run. Exit code 2 for wrong usage, 1 for failure,
+    130 and 143 after SIGINT and SIGTERM."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file; the ready ones are in configs/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--print-deepspeed", action="store_true", help="show the JSON DeepSpeed would get, and end")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=1000 data.source=FOLDER")
     arguments = parser.parse_intermixed_args(argv)
+    script, distributed = Path(sys.argv[0]).name, current()
+    before = signal.signal(signal.SIGTERM, _terminated)  # the loop, once it runs, saves first
     try:
-        run(load_config(config_cls, arguments.config, arguments.overrides), current())
+        config = load_config(config_cls, arguments.config, arguments.overrides)
+        train = getattr(config, "train", None)
+        if isinstance(train, TrainConfig):
+            train = settle(train, distributed.world_size)
+            config = config.model_copy(update={"train": train})
+            if arguments.print_deepspeed:
+                if distributed.is_main:
+                    print(json.dumps(deepspeed_config(train, distributed.world_size), indent=2))
+                return
+        run(config, distributed)
     except UnclipError as error:
         if arguments.debug:
             raise
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        if not getattr(error, "quiet", False):
+            print(f"{script}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        if distributed.is_main:
+            print(f"{script}: interrupted; what was saved before is there to go on from", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def open_batches(data: DataConfig, train: TrainConfig, distributed: Distributed) -> Batches:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from PIL import Image
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from unclip.config import Config, TrainConfig
-from unclip.data import Batches
+from unclip.data import Batches, Tally
 from unclip.errors import UnclipError
-from unclip.training.checkpoint import load_checkpoint, save_checkpoint
-from unclip.training.distributed import Distributed, current
+from unclip.training.checkpoint import files_of, find_checkpoint, save_checkpoint
+from unclip.training.distributed import Distributed, current, told_once
 from unclip.training.ema import EMA
-from unclip.training.engine import start_engine
-from unclip.training.tracking import Tracker
+from unclip.training.engine import set_schedule, start_engine
+from unclip.training.guard import Signals, Skips, Stopped, compare_weights, lost_process
+from unclip.training.metrics import Window, parameter_norm
+from unclip.training.rundir import open_run
+from unclip.training.settings import settle
+from unclip.training.state import Shards, capture, restore
+from unclip.training.step import LossFunction, Step, begin_random_state, random_state, restore_random_state
+from unclip.training.tracking import Tracker, stage_of
+from unclip.training.validation import Validation
 
-LossFunction = Callable[[Any, Any, torch.Generator], dict[str, Tensor]]
-Export = Callable[[dict[str, Tensor], Path], None]
+Export = Callable[[dict[str, Tensor], Path], Path | None]  # where it wrote, if not to the folder given
 Sample = Callable[[nn.Module], Image.Image]
+Diagnose = Callable[[nn.Module], dict[str, float]]
 
 
 def fit(
@@ -37,6 +40,7 @@ def fit(
     run_config: Config,
     export: Export,
     sample: Sample | None = None,
+    diagnose: Diagnose | None = None,
 ) -> Path:
     """Train to `config.steps`, continuing from the newest checkpoint in `run_dir`, and write the EMA model to
     `run_dir/model`.
@@ -44,170 +48,168 @@ def fit(
     `loss_fn(network, batch, generator)` returns per-sample losses (B,) by name; `loss` is minimised. `batch["image"]`
     is on
     the device. `export(ema_state, folder)` writes a model folder; `sample(ema_network)` draws a grid for
-    `run_dir/samples`.
-    Returns the model folder. Raises UnclipError: the run folder cannot be written, or holds a run of another model.
+    `run_dir/samples`, `diagnose(ema_network)` measures more than a loss tells; both every `sample_every` steps.
+    Returns the model folder. Raises UnclipError: the run folder cannot be written, or holds a run of another model;
+    a signal, which is answered by a checkpoint; losses or processes that fail (unclip.training.guard).
     """
     distributed = current()
-    run_dir = Path(config.run_dir)
-    _open_run(run_dir, run_config, distributed)
-    preview = copy.deepcopy(network) if sample is not None and distributed.is_main else None
-    torch.manual_seed(config.seed + distributed.rank)
-    engine = start_engine(network, config, distributed)
-    ema = EMA(engine.module, config.ema_decay)
-    generator = torch.Generator(distributed.device).manual_seed(config.seed * 1_000_003 + distributed.rank)
-    step = _resume(run_dir, engine, ema, generator, batches, config, distributed)
-    tracker = Tracker(run_dir, config, run_config.model_dump(mode="json"), step, distributed.is_main)
-    if step:
-        tracker.say(f"continuing {run_dir} from step {step}")
-    train_step = _Step(engine, _compiled(loss_fn, config), batches, config, generator, distributed)
-    started, logged = time.perf_counter(), step
-    while step < config.steps:
-        losses = train_step()
-        ema.update()
-        step += 1
-        tracker.advance()
-        if step % config.log_every == 0 or step == config.steps:
-            now = time.perf_counter()
-            speed = (step - logged) * config.batch_size / (now - started)
-            tracker.log(
-                step,
-                {
-                    **losses(),
-                    "lr": engine.get_lr()[0],
-                    "grad_norm": train_step.gradient_norm(),
-                    "images_per_second": speed,
-                },
-            )
-            started, logged = now, step
-        if config.sample_every and step % config.sample_every == 0:
-            _draw(run_dir, step, ema, preview, sample, tracker)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            own = _own_state(ema, generator, batches)
-            save_checkpoint(run_dir / "checkpoints", step, engine, own, config.keep_checkpoints, distributed)
-    state = ema.state_dict_full()
-    if distributed.is_main:
-        export(state, run_dir / "model")
-    tracker.say(batches.tally.report())
-    tracker.say(f"trained to step {step}; the model is in {run_dir / 'model'}")
-    tracker.close()
-    return run_dir / "model"
+    config = settle(config, distributed.world_size)
+    open_run(Path(config.run_dir), run_config, config, distributed)
+    preview = copy.deepcopy(network) if (sample or diagnose) is not None and distributed.is_main else None
+    data = getattr(run_config, "data", None)
+    validation = Validation(data, config, distributed) if config.validate_every and data is not None else None
+    run = _Run(network, loss_fn, batches, config, distributed)
+    try:
+        with Signals() as signals:
+            run.resume()
+            with run.track(run_config) as tracker:
+                run.train(signals, validation, lambda: _draw(run, preview, sample, diagnose))
+                state = run.ema.state_dict_full(keep=distributed.is_main)
+                written: Path | None = None
+                if distributed.is_main:
+                    written = export(state, run.folder / "model")
+                tallies = distributed.gather(batches.tally.state_dict())
+                tracker.say(Tally.sum(tallies).report())
+                tracker.say(f"trained to step {run.step}; the model is in {written or run.folder / 'model'}")
+    except OSError as error:
+        named = f" ({error.filename})" if error.filename else ""
+        raise UnclipError(
+            f"the run in {run.folder} ended after step {run.step}: {error.strerror or error}{named}. Mend that and "
+            "enter the same line again"
+        ) from error
+    except RuntimeError as error:
+        ended = lost_process(error, config, run.step, distributed)
+        if ended is None:
+            raise
+        raise ended from error
+    return run.folder / "model"
 
 
-class _Step:
-    """One optimizer step: all its micro-batches through loss, backward and the engine's step."""
+class _Run:
+    """What a run consists of, and its steps."""
 
     def __init__(
-        self,
-        engine: Any,
-        loss_fn: LossFunction,
-        batches: Batches,
-        config: TrainConfig,
-        generator: torch.Generator,
-        distributed: Distributed,
+        self, network: nn.Module, loss_fn: LossFunction, batches: Batches, config: TrainConfig, distributed: Distributed
     ) -> None:
-        self.engine, self.loss_fn, self.batches, self.config = engine, loss_fn, batches, config
-        self.generator, self.device = generator, distributed.device
-        self._norm: Any = None
+        self.config, self.distributed, self.batches = config, distributed, batches
+        self.folder, self.step, self.notes = Path(config.run_dir), 0, list[str]()
+        torch.manual_seed(config.seed + distributed.rank)
+        self.engine = start_engine(network, config, distributed)
+        self.ema = EMA(self.engine.module, config.ema_decay, distributed.rank, distributed.world_size)
+        self.generator = torch.Generator(distributed.device)
+        begin_random_state(config.seed, 0, self.generator, distributed)
+        self.window = Window(distributed)
+        self.skips = Skips(config, distributed)
+        self.take_step = Step(self.engine, loss_fn, batches, config, self.generator, distributed, self.window)
+        self.tracker: Tracker
 
-    def gradient_norm(self) -> float:
-        """Global norm of the last step's gradients, before clipping."""
-        norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
-        return float(norm) if norm is not None else 0.0
+    def track(self, run_config: Config) -> Tracker:
+        self.tracker = Tracker(
+            self.folder, self.config, run_config.model_dump(mode="json"), self.step, self.distributed.is_main,
+            stage=stage_of(run_config), distributed=self.distributed,
+        )  # fmt: skip
+        for note in self.notes:
+            self.tracker.say(note)
+        return self.tracker
 
-    def __call__(self) -> Callable[[], dict[str, float]]:
-        """Returns a function that reads the last micro-batch's mean losses (reading waits for the device)."""
-        losses: dict[str, Tensor] = {}
-        for _ in range(self.config.accumulation):
-            batch: dict[str, Any] = dict(next(self.batches))
-            batch["image"] = batch["image"].to(self.device, non_blocking=True)
-            # The one place where autocast is entered.
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-                losses = self.loss_fn(self.engine, batch, self.generator)
-            self.engine.backward(losses["loss"].mean())
-            if self.config.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
-                # DeepSpeed keeps the norm itself only where it partitions the gradients.
-                gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-                self._norm = torch.nn.utils.get_total_norm(gradients)
-            self.engine.step()
-        return lambda: {name: value.detach().float().mean().item() for name, value in losses.items()}
+    def train(self, signals: Signals, validation: Validation | None, draw: Callable[[], dict[str, float]]) -> None:
+        """Step by step to the end, or to the signal, after which UnclipError is raised."""
+        config, saved = self.config, self.step
+        while self.step < config.steps:
+            with self.tracker.counting_flops(self.engine.module):
+                losses = self.take_step()
+            if self.take_step.applied:
+                self.ema.update()
+            self.step += 1
+            self.skips.count(self.take_step.applied, self.step)
+            self.tracker.advance()
+            self._tell(losses, validation, draw)
+            signal = signals.agreed(self.distributed)
+            if signal or self._due(config.checkpoint_every) or self.step == config.steps:
+                saved = self.save()
+            elif config.guard.compare_every and self._due(config.guard.compare_every):
+                compare_weights(self.ema, config, self.step, self.distributed)
+            if signal and saved < config.steps:
+                kept = self.folder / "checkpoints" / f"step-{saved:08d}"
+                raise told_once(Stopped(signal, saved, kept), self.distributed)
 
+    def _tell(
+        self,
+        losses: Callable[[], dict[str, float]],
+        validation: Validation | None,
+        draw: Callable[[], dict[str, float]],
+    ) -> None:
+        """What is told of this step, in one line that is written before its checkpoint."""
+        config, row = self.config, dict[str, float]()
+        if self._due(config.log_every) or self.step == config.steps:
+            row = {**losses(), **self.window.means(), "lr": self.engine.get_lr()[0]}
+            row |= {"grad_norm": self.take_step.gradient_norm(), "skipped_steps": self.skips.total}
+            row |= self.tracker.speed(self.step)
+            row |= Tally.sum(self.distributed.gather(self.batches.tally.state_dict())).metrics()
+            if config.log_param_norm:
+                row["param_norm"] = parameter_norm(self.engine.module, self.distributed)
+        if validation is not None and self._due(config.validate_every):
+            row |= validation(self.take_step, self.ema)
+        if self._due(config.sample_every):
+            row |= draw()
+        if row:
+            self.tracker.log(self.step, row)
 
-def _open_run(run_dir: Path, run_config: Config, distributed: Distributed) -> None:
-    """Make the folder and record the configuration; refuse a folder that holds a run of another model."""
-    file = run_dir / "config.yaml"
-    body = run_config.model_dump(mode="json")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if file.exists() and (run_dir / "checkpoints").exists():
-            before = yaml.safe_load(file.read_text(encoding="utf-8"))
-            if isinstance(before, dict) and _model_of(before, run_config) != body.get("model"):
-                raise UnclipError(f"{run_dir} holds a run of another model (see {file}); choose another train.run_dir")
-        if distributed.is_main:
-            temporary = run_dir / ".tmp-config.yaml"
-            temporary.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
-            temporary.replace(file)
-    except OSError as error:
-        raise UnclipError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
+    def save(self) -> int:
+        """Write a checkpoint of this step, once it is sure that the processes agree."""
+        compare_weights(self.ema, self.config, self.step, self.distributed)
+        body = {
+            **capture(self.engine, self.ema),
+            "step": self.step,
+            "random": random_state(self.generator),
+            "data": self.batches.state_dict(),
+            "window": self.window.state_dict(),
+            "skipped": (self.skips.total, self.skips.in_a_row),
+        }
+        save_checkpoint(
+            self.folder / "checkpoints", self.step, body, self.distributed,
+            keep=self.config.keep_checkpoints, keep_every=self.config.keep_every,
+        )  # fmt: skip
+        return self.step
 
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one, of any number of processes and ZeRO stage."""
+        newest = find_checkpoint(self.folder / "checkpoints", self.distributed, self.notes.append)
+        if newest is None:
+            return
+        files = files_of(newest)
+        same = len(files) == self.distributed.world_size
+        shards = Shards(files, self.distributed.rank if same else 0)
+        restore(self.engine, self.ema, shards)
+        own = shards.own
+        self.step = int(own["step"])
+        set_schedule(self.engine, self.step)
+        if same:
+            restore_random_state(own["random"], self.generator)
+            self.window.load_state_dict(own["window"])
+        else:
+            begin_random_state(self.config.seed, self.step, self.generator, self.distributed)
+        self.skips.total, self.skips.in_a_row = own["skipped"]
+        self.batches.load_state_dict([file["data"] for file in shards.files])
+        self.notes.append(f"continuing {self.folder} from step {self.step}")
 
-def _model_of(before: dict[str, Any], run_config: Config) -> Any:
-    """The model of a recorded configuration, with today's defaults where it is older than an option."""
-    try:
-        return type(run_config).model_validate(before).model_dump(mode="json").get("model")
-    except ValidationError:
-        return before.get("model")
-
-
-def _resume(
-    run_dir: Path,
-    engine: Any,
-    ema: EMA,
-    generator: torch.Generator,
-    batches: Batches,
-    config: TrainConfig,
-    distributed: Distributed,
-) -> int:
-    own = load_checkpoint(run_dir / "checkpoints", engine, config.zero_stage, distributed)
-    if own is None:
-        return 0
-    ema.load_state_dict(own["ema"])
-    step = int(own["step"])
-    if own["generator"] is None:  # other processes than before: new noise, not that of the first steps again
-        generator.manual_seed((config.seed + step) * 1_000_003 + distributed.rank)
-        torch.manual_seed(config.seed + step + distributed.rank)
-    else:
-        generator.set_state(own["generator"])
-        torch.set_rng_state(own["torch_rng"])
-    if own["cuda_rng"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda_rng"])
-    batches.load_state_dict(own["data"])
-    return step
-
-
-def _own_state(ema: EMA, generator: torch.Generator, batches: Batches) -> dict[str, Any]:
-    return {
-        "ema": ema.state_dict(),
-        "generator": generator.get_state(),
-        "torch_rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "data": batches.state_dict(),
-    }
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
 
 
 def _draw(
-    run_dir: Path, step: int, ema: EMA, preview: nn.Module | None, sample: Sample | None, tracker: Tracker
-) -> None:
-    state = ema.state_dict_full()  # every process takes part
-    if preview is None or sample is None:
-        return
+    run: _Run, preview: nn.Module | None, sample: Sample | None, diagnose: Diagnose | None
+) -> dict[str, float]:
+    """Let the EMA model draw and be measured; returns what was measured, on the first process."""
+    state = run.ema.state_dict_full(keep=preview is not None)  # every process takes part
+    if preview is None:
+        return {}
     preview.load_state_dict(state, strict=False)
-    file = run_dir / "samples" / f"step-{step:08d}.png"
-    file.parent.mkdir(exist_ok=True)
-    temporary = file.with_name(f".tmp-{file.name}")
-    sample(preview.eval()).save(temporary, format="PNG")
-    temporary.replace(file)
-    tracker.image(step, file)
-
-
-def _compiled(loss_fn: LossFunction, config: TrainConfig) -> LossFunction:
-    return torch.compile(loss_fn) if config.compile else loss_fn
+    if sample is not None:
+        file = run.folder / "samples" / f"step-{run.step:08d}.png"
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_name(f".tmp-{file.name}")
+        sample(preview.eval()).save(temporary, format="PNG")
+        temporary.replace(file)
+        run.tracker.image(run.step, file)
+    return diagnose(preview.eval()) if diagnose is not None else {}

@@ -1,92 +1,122 @@
-"""Watching a run: metrics.jsonl always, a progress bar on the terminal, Weights & Biases where wanted."""
+"""Watching a run: metrics.jsonl, status.json, a bar or lines on the terminal, Weights & Biases where wanted."""
 
 from __future__ import annotations
 
-import json
-import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
+import torch
+from torch import nn
 
-from unclip.config import TrainConfig
+from unclip.config import Config, TrainConfig
+from unclip.runs import METRICS, State, StatusFile
+from unclip.training.distributed import Distributed
+from unclip.training.metrics import MetricsFile
+from unclip.training.progress import Progress
+from unclip.training.speed import Speed
+from unclip.training.wandb_run import WandbRun
+
+_SIGNAL_CODES = (130, 143)  # 128 + SIGINT, SIGTERM
 
 
 class Tracker:
-    """Writes one JSON object a logged step to `metrics.jsonl`. Processes other than the first write nothing."""
+    """Tells of a run from its start at step `start` to its end, however it ends; use it as a context manager.
 
-    def __init__(self, run_dir: Path, config: TrainConfig, full_config: dict[str, Any], start: int, main: bool) -> None:
-        self.main = main
-        self.wandb: Any = None
+    Processes other than the first write nothing. Raises UnclipError: metrics that cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrainConfig,
+        full_config: dict[str, Any],
+        start: int,
+        main: bool,
+        *,
+        stage: str = "",
+        distributed: Distributed | None = None,
+    ) -> None:
+        self.main, self.step, self.steps = main, start, config.steps
         if not main:
             return
-        self.file = run_dir / "metrics.jsonl"
-        self._forget_after(start)
-        self.bar = tqdm(total=config.steps, initial=start, unit="step", dynamic_ncols=True)
-        if config.wandb.mode != "disabled":
-            self.wandb = _start_wandb(run_dir, config, full_config)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        here = distributed or Distributed(0, 1, torch.device("cpu"))
+        self.metrics = MetricsFile(run_dir / METRICS, start)
+        self._speed = Speed(config, here.device, here.world_size, start)
+        self.progress = Progress(config.steps, start)
+        self.status: StatusFile | None = StatusFile(
+            run_dir, stage=stage, step=start, steps=config.steps, processes=here.world_size
+        )
+        self._speed.flops_per_image = self.status["flops_per_image"]
+        self.wandb = WandbRun(run_dir, config, full_config, stage)
+        if self._speed.complaint:
+            self.say(self._speed.complaint)
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if not self.main:
-            return
-        row = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(row) + "\n")
-        shown = {"loss": f"{metrics['loss']:.4f}", "img/s": f"{metrics['images_per_second']:.1f}"}
-        self.bar.set_postfix(shown, refresh=False)
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=step)
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            state: State = "finished" if self.step >= self.steps else "interrupted"
+            self.close(state)
+        elif isinstance(error, KeyboardInterrupt | SystemExit) or getattr(error, "exit_code", None) in _SIGNAL_CODES:
+            self.close("interrupted", _first_line(error))
+        else:
+            self.close("failed", _first_line(error))
+
+    def counting_flops(self, network: nn.Module) -> AbstractContextManager[Any]:
+        """Around every step; in the first its FLOPs are counted."""
+        return self._speed.counting(network) if self.main else nullcontext()
 
     def advance(self) -> None:
+        """A step is done."""
+        self.step += 1
         if self.main:
-            self.bar.update(1)
+            self.progress.advance()
+            if self.status is not None:
+                self.status.update(step=self.step)
 
-    def image(self, step: int, file: Path) -> None:
-        if self.main and self.wandb is not None:
-            import wandb
+    def speed(self, step: int) -> dict[str, float]:
+        """Images a second since the last question, MFU, memory; nothing on the other processes."""
+        return self._speed.measure(step) if self.main else {}
 
-            self.wandb.log({"samples": wandb.Image(str(file))}, step=step)
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One line of `metrics.jsonl`, everywhere else as well."""
+        if not self.main:
+            return
+        self.metrics.write(step, metrics)
+        self.progress.show(step, metrics)
+        self.wandb.log(step, metrics)
+        if self.status is not None:
+            self.status.update(flops_per_image=self._speed.flops_per_image)
+
+    def image(self, step: int, file: Path, caption: str = "") -> None:
+        if self.main:
+            self.wandb.image(step, "samples", file, caption)
 
     def say(self, text: str) -> None:
         if self.main and text:
-            tqdm.write(text)
+            self.progress.say(text)
 
-    def close(self) -> None:
-        if not self.main:
+    def close(self, state: State = "finished", reason: str = "") -> None:
+        """Say how the run ended; a second call says nothing more."""
+        if not self.main or self.status is None:
             return
-        self.bar.close()
-        if self.wandb is not None:
-            self.wandb.finish()
-
-    def _forget_after(self, step: int) -> None:
-        """Steps after the checkpoint will be made again; a line cut by a kill goes too."""
-        if not self.file.exists():
-            return
-        kept = []
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-        temporary = self.file.with_name(".tmp-metrics.jsonl")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.file)
+        self.progress.close()
+        self.status.close(state, reason)
+        self.status = None
+        self.wandb.close(exit_code=0 if state == "finished" else 1)
 
 
-def _start_wandb(run_dir: Path, config: TrainConfig, full_config: dict[str, Any]) -> Any:
-    import wandb
+def stage_of(run_config: Config) -> str:
+    """The stage that a run's configuration belongs to, by the name of its class: 'prior' of PriorRunConfig."""
+    return type(run_config).__name__.removesuffix("RunConfig").lower()
 
-    mode = config.wandb.mode
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
-    os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(
-        project=config.wandb.project,
-        name=config.wandb.name or run_dir.name,
-        tags=list(config.wandb.tags),
-        dir=str(run_dir),
-        mode=mode,  # type: ignore[arg-type]
-        config=full_config,
-        resume="allow",
-    )
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
 from unclip.errors import UsageError
@@ -65,3 +66,33 @@ def find_gpu(name: str) -> Gpu:
     near = begun or difflib.get_close_matches(key, GPUS, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? Known" if near else "known"
     raise UsageError(f"no GPU called {name!r}; {hint}: {', '.join(GPUS)}")
+
+
+# The driver's names of those GPUs. A part of a GPU (MIG), a laptop's or a variant of another rate is none of them.
+_DRIVER_NAMES = (
+    (r"\bB200\b", "b200"),
+    (r"\bH200\b", "h200"),
+    (r"\bH100 PCIe\b", "h100-pcie"),
+    (r"\bH100\b(?!.*\bNVL\b)", "h100"),
+    (r"\bA100\b.*\b80GB\b", "a100-80"),
+    (r"\bA100\b.*\b40GB\b", "a100-40"),
+    (r"\bL40S\b", "l40s"),
+    (r"\bRTX A6000\b", "a6000"),
+    (r"\bA10\b", "a10"),
+    (r"\bL4\b", "l4"),
+    (r"\bRTX (\d090)\b(?! (D|Laptop))", r"rtx\1"),
+    (r"\bV100\b.*\b16GB\b", "v100-16"),
+    (r"\bV100\b", "v100"),
+    (r"\bT4\b", "t4"),
+)
+
+
+def gpu_of_device(device_name: str) -> Gpu | None:
+    """The GPU that the driver calls by this name ('NVIDIA H100 80GB HBM3'); None for one that is not listed."""
+    if re.search(r"\bMIG\b", device_name):
+        return None
+    for pattern, name in _DRIVER_NAMES:
+        found = re.search(pattern, device_name, re.IGNORECASE)
+        if found:
+            return GPUS.get(found.expand(name))
+    return None

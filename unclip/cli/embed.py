@@ -1,0 +1,144 @@
+"""`unclip embed`: CLIP embeddings of a few pictures, or everything a training run needs of a whole data set."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unclip.cli import options as opt
+from unclip.cli.output import check_free, check_writable, write_atomically
+from unclip.errors import UsageError
+
+if TYPE_CHECKING:
+    from unclip.config import DataConfig
+
+_BATCH = 32
+_DATASET = "A whole data set (--dataset)"
+
+
+def embed(
+    images: Annotated[list[Path] | None, typer.Argument(help="Pictures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The .npy file to write; with --dataset the folder.", show_default=False)
+    ] = None,
+    model: opt.Model = "emoji",
+    clip: Annotated[
+        str | None, typer.Option(help="A CLIP by itself, as a run's `clip` names it, in the place of --model.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Captioned images, as a run's data.source names them.", rich_help_panel=_DATASET)
+    ] = None,
+    split: Annotated[str, typer.Option(help="The data's split.", rich_help_panel=_DATASET)] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read shard by shard.", rich_help_panel=_DATASET)
+    ] = False,
+    pixels: Annotated[
+        int | None,
+        typer.Option(min=8, max=2048, help="Keep pictures of this edge, for a decoder.", rich_help_panel=_DATASET),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=8, max=2048, help="Edge the CLIP sees (default: its own).", rich_help_panel=_DATASET),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Samples a shard.", rich_help_panel=_DATASET)] = 8192,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images embedded together.", rich_help_panel=_DATASET)] = 64,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any key of a run's data section.", rich_help_panel=_DATASET),
+    ] = None,
+    device: opt.Device = "auto",
+    overwrite: opt.Overwrite = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,  # the launcher passes it
+) -> None:
+    """Write CLIP embeddings.
+
+    Of pictures: a .npy file, float32 (N, E), of unit length, in the order given; `unclip decode` takes it.
+
+    Of a data set (--dataset): a folder that data.source takes, from which a prior or a decoder trains without the CLIP.
+    Started by torchrun or deepspeed the processes share the work. Entered again, it goes on where it was killed.
+    """
+    if (dataset is None) == (not images):
+        raise UsageError("name either pictures or a data set (--dataset SOURCE)")
+    if out is None:
+        raise UsageError("name what to write: --out FILE.npy for pictures, --out FOLDER for a data set")
+    if dataset is None:
+        _embed_pictures(images or [], out, model, clip, device, overwrite)
+        return
+    from unclip.config import DataConfig, load_overrides
+
+    if overwrite:
+        raise UsageError("--overwrite is for pictures; a folder of embeddings is gone on with, or removed by hand")
+    if out.suffix.lower() == ".npy":
+        raise UsageError(f"--out {out} is a file; the embeddings of a data set are a folder")
+    check_writable(out)
+    body = {"source": dataset, "split": split, "streaming": streaming}
+    _embed_dataset(
+        load_overrides(DataConfig, body, changes or [], origin="unclip embed"),
+        out, model, clip, device, rows=rows, batch_size=batch_size, image_size=image_size, pixels=pixels,
+    )  # fmt: skip
+
+
+def _embed_pictures(
+    images: list[Path], out: Path, model: str, clip_name: str | None, device: str, overwrite: bool
+) -> None:
+    if out.suffix.lower() != ".npy":
+        raise UsageError(f"--out {out} is no .npy file")
+    check_free(out, overwrite)
+    check_writable(out.parent)
+    import numpy as np
+
+    from unclip.parts import image_pixels
+
+    clip, _ = _load_clip(model, clip_name, device)
+    rows = []
+    for start in range(0, len(images), _BATCH):
+        pixels = image_pixels(images[start : start + _BATCH], clip.image_size, clip.device)
+        rows.append(clip.encode_image(pixels).cpu().numpy())
+    array = np.concatenate(rows).astype(np.float32)
+    write_atomically(out, lambda stream: np.save(stream, array, allow_pickle=False), replace=overwrite)
+    print(out)
+
+
+def _embed_dataset(
+    config: DataConfig, out: Path, model: str, clip_name: str | None, device: str, **options: Any
+) -> None:
+    from unclip.precompute import embed_dataset
+
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    clip, name = _load_clip(model, clip_name, device)
+
+    def told(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    progress = embed_dataset(config, name, clip, out, rank=rank, world_size=world_size, told=told, **options)
+    skipped = progress.tally.report()
+    if skipped:
+        print(skipped, file=sys.stderr)
+    whose = "" if world_size == 1 else f" by process {rank} of {world_size}"
+    told(f"{progress.written} shards written{whose}, {progress.found} found, {progress.rows} samples")
+    if rank == 0:
+        print(out)
+
+
+def _load_clip(model: str, clip_name: str | None, device: str) -> tuple[Any, str]:
+    """The CLIP, and the name by which FrozenCLIP.load takes it."""
+    from unclip.inputs import resolve_device
+
+    local = os.environ.get("LOCAL_RANK")
+    place = resolve_device(device)
+    if device == "auto" and place.type == "cuda" and local is not None:
+        place = resolve_device(f"cuda:{local}")
+    if clip_name is not None:
+        from unclip.clip import FrozenCLIP
+
+        return FrozenCLIP.load(clip_name, device=place), clip_name
+    from unclip.bundle import read_manifest, resolve_model
+    from unclip.parts import load_clip
+
+    folder = resolve_model(model)
+    loaded = load_clip(model, place)
+    return loaded, str(folder / read_manifest(folder)["parts"]["clip"])

@@ -1,0 +1,111 @@
+"""Configuration of where training samples come from. unclip.config takes it up, and is where others import it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from unclip.config_base import Config
+
+
+class SyntheticConfig(Config):
+    """Captioned shapes drawn on the fly; see unclip.data.synthetic."""
+
+    size: int = Field(4096, ge=1, description="number of scenes in an epoch")
+    max_objects: int = Field(2, ge=1, le=3)
+
+
+class FilterConfig(Config):
+    """Which samples are kept. What is left out is counted by its reason, and named nowhere."""
+
+    min_edge: int | None = Field(None, ge=1, description="shortest edge of the picture as stored, in pixels")
+    max_aspect: float | None = Field(None, ge=1, description="longer edge over shorter edge")
+    min_caption: int = Field(0, ge=0, description="characters; of several captions those are kept that fit")
+    max_caption: int | None = Field(None, ge=1, description="characters")
+    score_column: str | None = Field(
+        None, description="a column of numbers, such as the similarity that clip-retrieval and img2dataset write"
+    )
+    min_score: float | None = None
+    max_score: float | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FilterConfig:
+        if self.max_caption is not None and self.max_caption < self.min_caption:
+            raise ValueError(f"max_caption {self.max_caption} is less than min_caption {self.min_caption}")
+        bounds = [bound for bound in (self.min_score, self.max_score) if bound is not None]
+        if bounds and self.score_column is None:
+            raise ValueError("a score is asked for, but score_column does not say where it stands")
+        if self.score_column is not None and not bounds:
+            raise ValueError("score_column is named without min_score or max_score")
+        if len(bounds) == 2 and bounds[0] > bounds[1]:
+            raise ValueError(f"max_score {bounds[1]} is less than min_score {bounds[0]}")
+        return self
+
+
+class SourceConfig(Config):
+    """One source of a mixture. What is null is as in the `data` section."""
+
+    source: str
+    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources' weights")
+    split: str | None = None
+    streaming: bool | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = None
+
+
+class DataConfig(Config):
+    """Where captioned images come from and how one becomes a training sample."""
+
+    source: str = Field(
+        "synthetic",
+        description="'synthetic', a folder of images with metadata.jsonl, a parquet file or glob, webdataset tars "
+        "(file, folder or glob), a Hugging Face Hub id, or a folder of embeddings (`unclip embed --dataset`, or "
+        "clip-retrieval's layout)",
+    )
+    sources: tuple[SourceConfig, ...] = Field((), description="several sources with weights, in the place of `source`")
+    split: str = "train"
+    streaming: bool = False
+    image_column: str | None = None
+    caption_column: str | None = None
+    key_column: str | None = Field(
+        None, description="what names a sample for good; by default __key__, key, or the image's path or content"
+    )
+    filter: FilterConfig = FilterConfig()
+    holdout: float = Field(
+        0.0, ge=0, lt=1, description="share of the samples kept from training, chosen by a hash of their keys"
+    )
+    part: Literal["train", "validation"] = Field("train", description="validation reads what `holdout` keeps back")
+    image_size: int = Field(64, ge=8, le=2048, description="edge of the square image after resizing, in pixels")
+    crop_size: int | None = Field(None, ge=8, description="edge of a random crop of the resized image")
+    horizontal_flip: bool = False
+    augment: bool = Field(False, description="random shift, scale, rotation and background for CLIP training")
+    cache: bool = Field(False, description="keep decoded images in memory (small sets)")
+    shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
+    workers: int = Field(
+        0, ge=0, le=64, description="processes that read and decode; 0 does it in threads of the training process"
+    )
+    prefetch: int = Field(2, ge=1, le=64, description="batches prepared ahead, by each worker where there are some")
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.crop_size is not None and self.crop_size > self.image_size:
+            raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
+        if self.sources and self.source != "synthetic":
+            raise ValueError(f"both source ({self.source!r}) and sources are named; expected one of them")
+        if self.part == "validation" and self.holdout == 0:
+            raise ValueError("part is validation, but holdout is 0, so that nothing is kept back for it")
+        return self
+
+    def each(self) -> list[tuple[DataConfig, float]]:
+        """The sources one by one, each as a configuration of its own, with their weights."""
+        if not self.sources:
+            return [(self, 1.0)]
+        fields = ("source", "split", "streaming", "image_column", "caption_column", "key_column")
+        result = []
+        for one in self.sources:
+            given = {name: value for name in fields if (value := getattr(one, name)) is not None}
+            result.append((self.model_copy(update={**given, "sources": ()}), one.weight))
+        return result

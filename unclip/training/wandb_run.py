@@ -1,0 +1,115 @@
+"""Weights & Biases beside a training, which it never stops: whatever fails there costs one warning."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unclip.bundle import write_json
+from unclip.config import TrainConfig
+
+IDENTITY = "wandb.json"
+
+
+class WandbRun:
+    """A run at Weights & Biases, online or in files of its own below the run folder (offline).
+
+    Its id stands in `wandb.json`, so that a training that goes on continues the same run. Where a service cannot be
+    reached the files take its place; where these fail too, the training goes on without.
+    """
+
+    def __init__(self, run_dir: Path, config: TrainConfig, full_config: Mapping[str, Any], stage: str = "") -> None:
+        self._run: Any = None
+        self._options = {
+            "project": config.wandb.project,
+            "name": config.wandb.name or run_dir.name,
+            "tags": list(config.wandb.tags),
+            "group": config.wandb.group,
+            "job_type": stage or None,
+            "dir": str(run_dir),
+            "config": dict(full_config),
+            "resume": "allow",
+        }
+        mode = config.wandb.mode
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            if mode == "auto":
+                mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+            self._options["id"] = _identity(run_dir, config.wandb.project)
+            self._run = self._start(wandb, mode)
+        except Exception as error:  # not installed, not logged in, no network, a full disk, a change of its interface
+            self._fail("could not be started", error)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._run is not None:
+            try:
+                self._run.log(dict(metrics), step=step)
+            except Exception as error:
+                self._fail("took no metrics", error)
+
+    def image(self, step: int, name: str, file: Path, caption: str = "") -> None:
+        if self._run is not None:
+            try:
+                import wandb
+
+                self._run.log({name: wandb.Image(str(file), caption=caption or None)}, step=step)
+            except Exception as error:
+                self._fail("took no image", error)
+
+    def close(self, exit_code: int = 0) -> None:
+        if self._run is not None:
+            try:
+                self._run.finish(exit_code=exit_code)
+            except Exception as error:
+                self._fail("could not be ended", error)
+        self._run = None
+
+    def _start(self, wandb: Any, mode: str) -> Any:
+        try:
+            return wandb.init(**self._options, mode=mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            warnings.warn(
+                f"Weights & Biases could not be reached ({_first_line(error)}); this run is recorded offline in "
+                f"{self._options['dir']}/wandb, and `wandb sync` sends it later",
+                stacklevel=2,
+            )
+            return wandb.init(**self._options, mode="offline")
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._run = None
+        warnings.warn(
+            f"Weights & Biases {what} ({_first_line(error)}); the training goes on without it",
+            stacklevel=3,
+        )
+
+
+def _identity(run_dir: Path, project: str) -> str:
+    """The id of this folder's run in a project: the one it has, or a new one that is kept from now on."""
+    import json
+    import secrets
+
+    file = run_dir / IDENTITY
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["project"] == project:
+            return str(kept["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    body = {"project": project, "id": secrets.token_hex(4)}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(file, body)
+    return body["id"]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
