@@ -24,8 +24,8 @@ class Window:
 
     A diffusion objective names each sample's quartile of t/T in `quartile` (B,), and every loss is then told by
     quartile as well: `loss_q0` is the quarter with the least noise (as guided-diffusion logs it; Improved DDPM, fig. 2,
-    shows why: the terms differ by orders of magnitude). Values that are not finite are left out. `state_dict` goes into a
-    checkpoint, so that a line after it tells of all its steps.
+    shows why: the terms differ by orders of magnitude). Values that are not finite are left out. `state_dict` goes into
+    a checkpoint, so that a line after it tells of all its steps.
     """
 
     def __init__(self, distributed: Distributed | None = None) -> None:
