@@ -8,6 +8,7 @@ the model folders. It ends with code 1 where they differ.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--zero", type=int, default=1, choices=range(4))
+    parser.add_argument("--plain", action="store_true", help="start processes without the launcher: quicker")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--port", type=int, default=29711)
     parser.add_argument("--out", type=Path, default=Path("runs/kills"), help="an empty or new folder")
@@ -77,41 +79,71 @@ class _Launch:
     """One start of the run under the launcher."""
 
     def __init__(self, recipe: Path, run_dir: Path, options: argparse.Namespace) -> None:
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(options.processes), "--master_port", str(options.port)]
-        command += ["train_upsampler.py", "--config", str(recipe.resolve()), f"train.run_dir={run_dir.resolve()}"]
         self.log = (recipe.parent / "log.txt").open("a")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
+        script = ["train_upsampler.py", "--config", str(recipe.resolve()), f"train.run_dir={run_dir.resolve()}"]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.plain = options.plain
+        if options.plain:
+            environment |= {"WORLD_SIZE": str(options.processes), "MASTER_ADDR": "127.0.0.1"}
+            environment |= {"MASTER_PORT": str(options.port)}
+            for rank in range(options.processes):
+                self._start([sys.executable, *script], {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            return
+        launcher = Path(sys.executable).with_name("deepspeed")
+        command = [str(launcher), "--num_gpus", str(options.processes), "--master_port", str(options.port)]
+        self._start([*command, *script], environment)
+
+    def _start(self, command: list[str], environment: dict[str, str]) -> None:
+        self.processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
+            )
         )
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it ended well within that time."""
-        try:
-            code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        if code:
-            sys.exit(f"the run ended with code {code}; see {self.log.name}")
+        end = None if seconds is None else time.monotonic() + seconds
+        for process in self.processes:
+            try:
+                code = process.wait(None if end is None else max(end - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                return False
+            if code:
+                sys.exit(f"the run ended with code {code}; see {self.log.name}")
         return True
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
         """Until the run has told of that step, or has ended."""
-        while _step(run_dir) < step and self.process.poll() is None:
+        while _step(run_dir) < step and self.processes[0].poll() is None:
             time.sleep(0.02)
 
     def kill(self, rng: random.Random, one: bool) -> int:
-        """SIGKILL to one training process, whose end the launcher answers for the rest, or to everything."""
-        workers = _workers(self.process.pid)
+        """SIGKILL to one training process, whose end the launcher, or the others, answer; or to everything."""
+        workers = [p.pid for p in self.processes] if self.plain else _workers(self.processes[0].pid)
         if one and workers:
             os.kill(rng.choice(workers), signal.SIGKILL)
-            self.process.wait()
+            if self.plain and not self._end_by_themselves(60):
+                self._kill_all()  # they had not met yet, and wait for each other; a launcher would end them
         else:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            time.sleep(1)  # until the port is free
+            self._kill_all()
+        for process in self.processes:
+            process.wait()
+        time.sleep(1)  # until the port is free
         return len(workers)
+
+    def _end_by_themselves(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if all(process.poll() is not None for process in self.processes):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def _kill_all(self) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _workers(group: int) -> list[int]:
