@@ -8,9 +8,12 @@ the model folders. It ends with code 1 where they differ.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -30,6 +33,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--zero", type=int, default=1, choices=range(4))
+    parser.add_argument("--plain", action="store_true", help="without the launcher, imports made once: quicker")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--port", type=int, default=29711)
     parser.add_argument("--out", type=Path, default=Path("runs/kills"), help="an empty or new folder")
@@ -40,6 +44,7 @@ def main(arguments: list[str]) -> None:
     recipe = options.out / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(options)))
     rng = random.Random(options.seed)
+    _SERVER.set_forkserver_preload(["deepspeed", "unclip.training", "upsamplers.train"])
 
     started = time.perf_counter()
     whole = _Launch(recipe, options.out / "whole", options)
@@ -77,41 +82,87 @@ class _Launch:
     """One start of the run under the launcher."""
 
     def __init__(self, recipe: Path, run_dir: Path, options: argparse.Namespace) -> None:
-        launcher = Path(sys.executable).with_name("deepspeed")
-        command = [str(launcher), "--num_gpus", str(options.processes), "--master_port", str(options.port)]
-        command += ["train_upsampler.py", "--config", str(recipe.resolve()), f"train.run_dir={run_dir.resolve()}"]
         self.log = (recipe.parent / "log.txt").open("a")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
+        script = ["train_upsampler.py", "--config", str(recipe.resolve()), f"train.run_dir={run_dir.resolve()}"]
+        self.plain = options.plain
+        self.processes: list[Any] = []
+        if options.plain:
+            environment |= {"WORLD_SIZE": str(options.processes), "MASTER_ADDR": "127.0.0.1"}
+            environment |= {"MASTER_PORT": str(options.port)}
+            for rank in range(options.processes):
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.processes.append(_SERVER.Process(target=_work, args=(script, own, self.log.name)))
+                self.processes[-1].start()
+            return
+        launcher = Path(sys.executable).with_name("deepspeed")
+        command = [str(launcher), "--num_gpus", str(options.processes), "--master_port", str(options.port), *script]
+        process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=self.log, stderr=self.log, start_new_session=True
         )
+        self.processes.append(process)
 
     def wait(self, seconds: float | None = None) -> bool:
         """Whether it ended well within that time."""
-        try:
-            code = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
+        if not self._end_by_themselves(seconds):
             return False
-        if code:
-            sys.exit(f"the run ended with code {code}; see {self.log.name}")
+        codes = [_code(process) for process in self.processes]
+        if any(codes):
+            sys.exit(f"the run ended with codes {codes}; see {self.log.name}")
         return True
 
     def wait_for_step(self, run_dir: Path, step: int) -> None:
         """Until the run has told of that step, or has ended."""
-        while _step(run_dir) < step and self.process.poll() is None:
+        while _step(run_dir) < step and _code(self.processes[0]) is None:
             time.sleep(0.02)
 
     def kill(self, rng: random.Random, one: bool) -> int:
-        """SIGKILL to one training process, whose end the launcher answers for the rest, or to everything."""
-        workers = _workers(self.process.pid)
+        """SIGKILL to one training process, whose end the launcher, or the others, answer; or to everything."""
+        workers = [p.pid for p in self.processes] if self.plain else _workers(self.processes[0].pid)
         if one and workers:
             os.kill(rng.choice(workers), signal.SIGKILL)
-            self.process.wait()
+            if self.plain and not self._end_by_themselves(60):
+                self._kill_all()  # they had not met yet, and wait for each other; a launcher would end them
         else:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            time.sleep(1)  # until the port is free
+            self._kill_all()
+        self._end_by_themselves(None)
+        time.sleep(1)  # until the port is free
         return len(workers)
+
+    def _end_by_themselves(self, seconds: float | None) -> bool:
+        end = float("inf") if seconds is None else time.monotonic() + seconds
+        while any(_code(process) is None for process in self.processes):
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def _kill_all(self) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                if self.plain:
+                    os.kill(process.pid, signal.SIGKILL)
+                else:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+_SERVER = multiprocessing.get_context("forkserver")
+
+
+def _work(script: list[str], environment: dict[str, str], log: str) -> None:
+    """A training process that has its imports from the server it was forked of."""
+    with open(log, "a", buffering=1) as out:  # noqa: PTH123
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv = script
+    runpy.run_path(script[0], run_name="__main__")
+
+
+def _code(process: Any) -> int | None:
+    """Exit code of a process of either kind, None while it runs."""
+    return process.exitcode if isinstance(process, multiprocessing.process.BaseProcess) else process.poll()
 
 
 def _workers(group: int) -> list[int]:

@@ -15,6 +15,8 @@ from pydantic import ValidationError
 
 from decoder import Decoder, DecoderRunConfig
 from prior import Prior, PriorRunConfig
+from unclip.bundle import read_json
+from unclip.clip import CONFIG_FILE, clip_folder
 from unclip.config import Config, DataConfig, DiffusionConfig, TrainConfig, load_config, parse_config
 from unclip.errors import UnclipError, UsageError
 from unclip.training.clip import ClipRunConfig
@@ -159,7 +161,7 @@ def test_recipe_parses_and_fits_its_clip(recipe: Path) -> None:
 
 
 def widths_of_clip(config: Any) -> dict[str, int]:
-    """Of the CLIP that a recipe's `clip` names: by where its own recipe leaves it, or one of open_clip's."""
+    """Of the CLIP that a recipe's `clip` names: where its own recipe leaves it, a bundle's, or one of open_clip's."""
     for recipe in CONFIGS.glob("clip/*.yaml"):
         clip = load_config(ClipRunConfig, recipe)
         if config.clip == f"{clip.train.run_dir}/model":
@@ -169,7 +171,8 @@ def widths_of_clip(config: Any) -> dict[str, int]:
                 "token_dim": shape.text.width,
                 "text_length": shape.context_length,
             }
-    known = get_model_config(config.clip.split("/")[0])
+    inside = clip_folder(config.clip) / CONFIG_FILE  # of a bundle
+    known = read_json(inside)["model_cfg"] if inside.is_file() else get_model_config(config.clip.split("/")[0])
     assert known is not None, f"no recipe in configs/clip leaves its model in {config.clip}"
     text = known["text_cfg"]
     return {

@@ -225,8 +225,8 @@ class TrainConfig(Config):
         given = [name for name in ("freeze", "trainable", "lora") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} are given; each says what learns by itself (lora trains its adapters alone), "
-                "so name one of them"
+                f"{' and '.join(given)} are given; each says by itself what learns (lora: its adapters alone), so "
+                "name one of them"
             )
         return self
 

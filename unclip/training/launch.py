@@ -13,7 +13,7 @@ from typing import Any
 
 from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
 from unclip.data import Batches, build_batches
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, UsageError
 from unclip.training.distributed import Distributed, current
 from unclip.training.engine import micro_batch_size
 from unclip.training.settings import deepspeed_config, settle
@@ -50,7 +50,8 @@ def main_for(
     except UnclipError as error:
         if arguments.debug:
             raise
-        if not getattr(error, "quiet", False):
+        # A mistake in the configuration is met by every process alike.
+        if not getattr(error, "quiet", isinstance(error, UsageError) and not distributed.is_main):
             print(f"{script}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
