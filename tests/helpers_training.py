@@ -126,10 +126,13 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def stop_at(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
-    """A signal to one process alone, while it makes that step."""
+    """A signal to one process alone, once while it makes that step, which asks for several batches."""
+    sent = False
 
     def before(now: int) -> None:
-        if now == step and int(os.environ.get("RANK", 0)) == rank:
+        nonlocal sent
+        if now == step and not sent and int(os.environ.get("RANK", 0)) == rank:
+            sent = True
             os.kill(os.getpid(), number)
 
     return before

@@ -239,7 +239,7 @@ def test_output_names_that_do_not_fit(fails: Fails, tiny_bundle: Path, tmp_path:
     assert "a file for one picture, but 2 are asked for" in fails(2, *command, tmp_path / "o.png", "-n", 2)
     assert "pictures are written as .png" in fails(2, *command, tmp_path / "o.jpg")
     assert "is no .npy file" in fails(2, "embed", "a.png", "--out", tmp_path / "e.bin")
-    assert "missing option '--out'" in fails(2, "embed", "a.png")
+    assert "name what to write: --out FILE.npy" in fails(2, "embed", "a.png")
 
 
 def test_a_full_disk(
