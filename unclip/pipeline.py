@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,8 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
-from unclip.clip import FrozenCLIP, TextFeatures
-from unclip.diffusion import get_sampler, timesteps_from
+from unclip.clip import FrozenCLIP
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import (
     SampleOptions,
@@ -24,19 +20,20 @@ from unclip.inputs import (
     check_seeds,
     check_size,
     resolve_device,
-    to_bytes,
 )
 from unclip.parts import bundle_sizes, check_fit, image_pixels
+from unclip.stages import Stages
 from unclip.upscaling import Progress, Timings, Upscaling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from decoder import CaptionEncoder, DecoderStage
+    from decoder import DecoderStage
     from prior import PriorStage
     from upsamplers import UpsamplerStage
 
-class UnCLIP(Upscaling):
+
+class UnCLIP(Stages, Upscaling):
     """A whole unCLIP system. `UnCLIP.from_pretrained()` loads the model that comes with the package.
 
     >>> from unclip import UnCLIP
@@ -62,7 +59,7 @@ class UnCLIP(Upscaling):
         self.manifest = manifest or {}
         self.device, self.dtype = torch.device(device), dtype
         self.timings = Timings()
-        self._captions: CaptionEncoder | None = None  # may be large, and is for prompts alone
+        self._captions = None
         check_fit(clip, decoder, prior, self.upsamplers)
 
     # ---- loading ---------------------------------------------------------------------------------------
@@ -108,30 +105,7 @@ class UnCLIP(Upscaling):
                 reached *= stage.config.factor
         return cls(clip, decoder, prior, upsamplers, manifest, place, dtype)
 
-    @property
-    def name(self) -> str:
-        """What the manifest calls this model."""
-        return str(self.manifest.get("name") or "unnamed")
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Edges of the pictures this model can make, in pixels."""
-        sizes = [self.decoder.config.unet.image_size]
-        for stage in self.upsamplers:
-            sizes.append(sizes[-1] * stage.config.factor)
-        return tuple(sizes)
-
     # ---- embeddings ------------------------------------------------------------------------------------
-
-    def embed_text(self, prompts: str | Sequence[str]) -> TextFeatures:
-        """CLIP's features of prompts: token features, mask, and embeddings (B, E) of unit length."""
-        return self.clip.encode_text(check_prompts(prompts))
-
-    def embed_image(self, images: Any) -> Tensor:
-        """CLIP image embeddings (B, E) of unit length for a PIL image, a path, a tensor (B, 3, H, W) in [-1,
-        1], or a list of images and paths.
-        """
-        return self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device))
 
     def predict_embedding(
         self,
@@ -282,107 +256,3 @@ class UnCLIP(Upscaling):
         embedding = check_embeddings(embeddings, self.clip.embedding_dim, unit_length=unit)
         images = self._render(embedding, None, check_seeds(seed, len(embedding)), chosen, progress)
         return self._finish(images, output)
-
-    # ---- inside ----------------------------------------------------------------------------------------
-
-    def check_size(self, size: int | None) -> int:
-        """The size to make; UsageError when the model cannot make it."""
-        return self.sizes[-1] if size is None else check_size(size, self.sizes)
-
-    def _options(self, given: dict[str, Any]) -> SampleOptions:
-        """Options that this model can follow, found out before any stage runs."""
-        known = SampleOptions.__dataclass_fields__
-        for name in given:
-            if name not in known:
-                raise UsageError(f"unknown option {name!r}; known: {', '.join(known)}")
-        options = SampleOptions(**given)
-        self.check_size(options.size)
-        if options.sampler is not None:
-            get_sampler(options.sampler)
-        if options.prior_steps is not None and self.prior is not None:
-            self.prior.check_options(steps=options.prior_steps)
-        if options.decoder_steps is not None:
-            timesteps_from(options.decoder_steps, self.decoder.process.timesteps)
-        self.decoder.check_noise_level(options.embedding_noise_level or 0)
-        for stage in self.upsamplers:
-            stage.timesteps(options.upsampler_steps)
-        return options
-
-    def _caption(self, texts: Sequence[str], text: TextFeatures) -> TextFeatures:
-        """What the decoder takes of captions whose CLIP features are `text`."""
-        if self.decoder.config.text.kind == "clip":
-            return text
-        if self._captions is None:
-            from decoder import CaptionEncoder
-
-            self._captions = CaptionEncoder(self.decoder.config, self.clip)
-        encoder = self._captions
-        return self._timed("text", lambda: encoder.encode_text(texts, text))  # type: ignore[no-any-return]
-
-    def _prior(
-        self, text: TextFeatures, seeds: list[int], options: SampleOptions, progress: Progress | None
-    ) -> Tensor:
-        if self.prior is None:
-            raise UnclipError(
-                "this model has no prior, so it cannot start from a prompt; use variations or decode"
-            )
-        stage = self.prior
-        return self._timed(
-            "prior",
-            lambda: stage.sample(
-                text,
-                seeds,
-                steps=options.prior_steps,
-                guidance=options.prior_guidance,
-                callback=_heard("prior", progress),
-            ),
-        )
-
-    def _render(
-        self,
-        embedding: Tensor,
-        text: TextFeatures | None,
-        seeds: list[int],
-        options: SampleOptions,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Embeddings (B, E) -> images (B, 3, S, S) in [-1, 1] at the wanted size."""
-        size = self.check_size(options.size)
-        images = self._timed(
-            "decoder",
-            lambda: self.decoder.sample(
-                embedding, seeds, text=text, callback=_heard("decoder", progress), **options.of_decoder()
-            ),
-        )
-        for stage in self.upsamplers:
-            if images.shape[-1] >= size:
-                break
-            name = f"upsampler_{stage.config.high_size}"
-            heard = _heard(name, progress)
-            limit = to_bytes(options.memory_limit)
-            draw = partial(stage.sample, images, seeds, options.upsampler_steps, heard, memory_limit=limit)
-            images = self._timed(name, draw)
-        return images
-
-    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run one stage. Networks other than CLIP run in `dtype`; parameters and the samplers' state stay
-        float32.
-        """
-        start = time.perf_counter()
-        lower = self.dtype != torch.float32 and name != "clip"
-        with torch.autocast(self.device.type, self.dtype) if lower else nullcontext():
-            result = work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.timings.seconds[name] = time.perf_counter() - start
-        return result
-
-    @staticmethod
-    def _finish(images: Tensor, output: str) -> Any:
-        from unclip.data import to_pil
-
-        return images if output == "tensor" else [to_pil(image) for image in images.cpu()]
-
-
-def _heard(stage: str, progress: Progress | None) -> Any:
-    return None if progress is None else lambda number, total, _x: progress(stage, number, total)
