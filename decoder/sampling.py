@@ -26,7 +26,7 @@ from unclip.diffusion import (
     static_clip,
     timesteps_from,
 )
-from unclip.diffusion.samplers import Callback
+from unclip.diffusion.samplers import Callback, Sampler
 from unclip.errors import UnclipError, UsageError
 from unclip.nn.prepared import PreparedNetwork
 
@@ -71,7 +71,7 @@ class DecoderStage:
         guidance_text: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
-        sampler: str | None = None,
+        sampler: str | Sampler | None = None,
         eta: float | None = None,
         embedding_noise_level: int | None = None,
         inpaint_image: Tensor | None = None,
@@ -85,6 +85,7 @@ class DecoderStage:
         guidance_text: with it, `guidance` is the scale for the image embedding alone, and this one for what the caption
         adds to it: out(∅) + s·(out(z) − out(∅)) + s_text·(out(z, y) − out(z)).
         guidance_interval, guidance_rescale: see `make_denoiser`.
+        sampler: the name of one, or one made for the occasion (`repaint`, `sdedit`).
         embedding_noise_level: noise added to the embedding, in steps of the process, of which the network is told;
         needs a decoder trained with `embedding_noise_levels`.
         inpaint_image (B, 3, S, S) or (3, S, S) in [-1, 1] and inpaint_mask (B, 1, S, S) or (S, S), 1 = repaint,
@@ -117,7 +118,7 @@ class DecoderStage:
         }
         denoiser = self._denoiser(condition, guidance, guidance_text, text is not None, embedding is not None, options)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
-        draw = get_sampler(sampler or config.sampler)
+        draw = sampler if callable(sampler) else get_sampler(sampler or config.sampler)
         x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
         # Multistep samplers end on a mixture of several x̂_0; what is kept is kept to the bit.
         return keeping(condition["known_image"], condition["known"], None)(x) if config.inpainting else x
