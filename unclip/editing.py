@@ -115,7 +115,7 @@ class Editing(Stages):
         progress: Progress | None = None,
         **options: Any,
     ) -> list[Image] | Tensor:
-        """The picture continued beyond its edges: by so many pixels, or `to` (width, height), the picture in the middle.
+        """The picture continued beyond its edges, by so many pixels or `to` (width, height), then in the middle.
 
         The model paints square frames of `frame` pixels, outwards from the picture, each reaching by `overlap` of its
         edge into what is there; by default one frame for the whole canvas as long as that is no larger than

@@ -1,7 +1,7 @@
 """Masks of what to repaint, as people paint them: white (1) = repaint, black (0) = keep, grey = blend.
 
-This polarity holds for everything that is handed in, in files and in Python. `decoder.inpainting` turns it round for the
-networks.
+This polarity holds for everything that is handed in, in files and in Python. `decoder.inpainting` turns it round for
+the networks.
 """
 
 from __future__ import annotations

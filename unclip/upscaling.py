@@ -116,13 +116,12 @@ class Upscaling:
         progress: Progress | None = None,
         **options: Any,
     ) -> list[Image] | list[Tensor]:
-        """Pictures drawn anew by the upsamplers at their own size: rid of what these were trained to undo, such as blur,
-        noise and JPEG's blocks (in the paper's system and the bundled model; Palette, Saharia et al. 2022, has a
-        network for it).
+        """Pictures drawn anew by the upsamplers at their own size: rid of what they were trained to undo, which
+        in the paper's system and the bundled model is blur, noise and JPEG's blocks.
 
-        A picture is reduced to the input of the highest stage that it more than fills, drawn from there, and brought back to
-        its size. `options` and the result are those of `upscale`. Raises UsageError, besides: a picture whose longer edge
-        is beyond the upsamplers' largest, or no longer than the smallest's input, or than `start`.
+        A picture is reduced to the input of the highest stage that it more than fills, drawn from there, and brought
+        back to its size. `options` and the result are those of `upscale`. Raises UsageError, besides: a picture whose
+        longer edge is beyond the upsamplers' largest, or no longer than the smallest's input, or than `start`.
         """
         from unclip.data.images import to_pil
         from upsamplers.upscale import check_reach, to_edge
@@ -138,11 +137,13 @@ class Upscaling:
             inputs = [stage.config.low_size for stage in self.upsamplers if stage.config.low_size < longer]
             if longer > largest or not inputs:
                 raise UsageError(
-                    f"a picture of {longer} pixels cannot be restored at its size by these upsamplers; expected a longer "
-                    f"edge of {self.upsamplers[0].config.low_size + 1} to {largest} pixels (upscale takes any)"
+                    f"a picture of {longer} pixels cannot be restored at its size by these upsamplers; expected a "
+                    f"longer edge of {self.upsamplers[0].config.low_size + 1} to {largest} pixels (upscale takes any)"
                 )
             if start is not None and start >= longer:
-                raise UsageError(f"start {start} is no reduction of a picture of {longer} pixels, so nothing is restored")
+                raise UsageError(
+                    f"start {start} is no reduction of a picture of {longer} pixels; expected an edge below that"
+                )
             size = next(s for s in sizes if s >= longer)
             first = inputs[-1] if start is None else start
             drawn = self.upscale(

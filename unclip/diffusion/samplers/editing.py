@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -70,9 +71,9 @@ def repaint(image: Tensor, known: Tensor, *, jump_length: int = 10, resamplings:
     that were not trained to inpaint.
 
     image: (B, C, …) in x_0's range; known: (B, 1, …) or (B, C, …), 1 = given, 0 = to be painted. After each step the
-    known part is put back, noised to the level reached (eq. 8a); going back up by `jump_length` levels, `resamplings` − 1
-    times at each halt, lets the two parts agree. The reverse steps are DDIM's (eq. 12 there), `eta` 1 being DDPM with
-    the posterior's variance; what is known comes out as given. The callback hears every step of denoising.
+    known part is put back, noised to the level reached (eq. 8a); going back up by `jump_length` levels,
+    `resamplings` − 1 times at each halt, lets the two parts agree. The reverse steps are DDIM's (DDIM, eq. 12), `eta` 1 being
+    DDPM with the posterior's variance; what is known comes out as given. The callback hears every step of denoising.
     """
 
     def sample(
@@ -87,8 +88,8 @@ def repaint(image: Tensor, known: Tensor, *, jump_length: int = 10, resamplings:
         given, keep = image.to(x), known.to(x).bool()
         levels = repaint_levels(len(steps), jump_length, resamplings)
         upwards = list(reversed(steps))  # upwards[k] leads from level k + 1 to level k
-        total, number = sum(a > b for a, b in zip(levels, levels[1:], strict=False)), 0
-        for level, following in zip(levels, levels[1:], strict=False):
+        total, number = sum(a > b for a, b in pairwise(levels)), 0
+        for level, following in pairwise(levels):
             if following > level:  # q(x_t | x_{t−1}) (DDPM, eq. 2), algorithm 1, line 9
                 beta = upwards[level].beta
                 x = math.sqrt(1 - beta) * x + math.sqrt(beta) * noise(x)
