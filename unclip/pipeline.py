@@ -11,7 +11,6 @@ from torch import Tensor
 
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP
-from unclip.editing import Editing
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import (
     SampleOptions,
@@ -23,7 +22,7 @@ from unclip.inputs import (
     resolve_device,
 )
 from unclip.parts import bundle_sizes, check_fit, image_pixels
-from unclip.stages import Stages
+from unclip.stages import Stages, negative_prompts
 from unclip.upscaling import Progress, Timings, Upscaling
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from upsamplers import UpsamplerStage
 
 
-class UnCLIP(Editing, Stages, Upscaling):
+class UnCLIP(Stages, Upscaling):
     """A whole unCLIP system. `UnCLIP.from_pretrained()` loads the model that comes with the package.
 
     >>> from unclip import UnCLIP
@@ -129,6 +128,8 @@ class UnCLIP(Editing, Stages, Upscaling):
         *,
         num_images: int = ...,
         seed: int | Sequence[int] = ...,
+        negative_prompt: str | Sequence[str] | None = ...,
+        negative_embedding: bool = ...,
         output: Literal["pil"] = ...,
         progress: Progress | None = ...,
         **options: Any,
@@ -140,6 +141,8 @@ class UnCLIP(Editing, Stages, Upscaling):
         *,
         num_images: int = ...,
         seed: int | Sequence[int] = ...,
+        negative_prompt: str | Sequence[str] | None = ...,
+        negative_embedding: bool = ...,
         output: Literal["tensor"],
         progress: Progress | None = ...,
         **options: Any,
@@ -150,6 +153,8 @@ class UnCLIP(Editing, Stages, Upscaling):
         *,
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_embedding: bool = False,
         output: Literal["pil", "tensor"] = "pil",
         progress: Progress | None = None,
         **options: Any,
@@ -159,7 +164,12 @@ class UnCLIP(Editing, Stages, Upscaling):
         Image i of a prompt is drawn with seed + i, so the same seed gives the same picture whatever else is
         in the batch; `seed` may also be a sequence with one seed a prompt. `options` are the fields of
         SampleOptions (size, guidance, decoder_steps, …). Returns PIL images, or with output="tensor" a tensor
-        (B, 3, S, S) in [-1, 1]. Raises UsageError for an empty prompt or an impossible size.
+        (B, 3, S, S) in [-1, 1].
+
+        negative_prompt, one for all or one a prompt: guidance of the prior and the decoder moves away from it instead
+        of from no caption. Where the scale is 1 it does nothing. negative_embedding: the decoder also moves away from
+        the prior's embedding of it.
+        Raises UsageError: an empty prompt, an impossible size, a negative prompt where no guidance is above 1.
         """
         check_count(num_images)
         chosen = self._options(options)
@@ -167,11 +177,10 @@ class UnCLIP(Editing, Stages, Upscaling):
         texts = [prompt for prompt in several for _ in range(num_images)]
         seeds = [first + i for first in check_seeds(seed, len(several)) for i in range(num_images)]
         check_seeds(seeds, len(texts))
+        negative = negative_prompts(negative_prompt, len(several), num_images)
         self.timings = Timings()
-        text = self._timed("clip", lambda: self.embed_text(texts))
-        caption = self._caption(texts, text)
-        embedding = self._prior(text, seeds, chosen, progress)
-        return self._finish(self._render(embedding, caption, seeds, chosen, progress), output)
+        images, _ = self._draw(texts, seeds, chosen, progress, negative, negative_embedding)
+        return self._finish(images, output)
 
     @overload
     def variations(

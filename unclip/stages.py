@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
     from decoder import CaptionEncoder, DecoderStage
     from prior import PriorStage
     from upsamplers import UpsamplerStage
+
+
+@dataclass(frozen=True)
+class Negative:
+    """What guidance moves away from: captions as the prior and as the decoder take them, and their image embeddings
+    (B, E) where the decoder is to move away from these too.
+    """
+
+    text: TextFeatures
+    caption: TextFeatures
+    embedding: Tensor | None = None
 
 
 class Stages:
@@ -96,8 +108,54 @@ class Stages:
         encoder = self._captions
         return self._timed("text", lambda: encoder.encode_text(texts, text))  # type: ignore[no-any-return]
 
+    def _draw(
+        self,
+        texts: list[str],
+        seeds: list[int],
+        options: SampleOptions,
+        progress: Progress | None,
+        negative: list[str] | None = None,
+        negative_embedding: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts, one seed each -> images (B, 3, S, S) in [-1, 1] and the prompts' text embeddings (B, E)."""
+        text = self._timed("clip", lambda: self.embed_text(texts))
+        caption = self._caption(texts, text)
+        away = None
+        if negative is not None:
+            away = self._away(negative, seeds, options, progress, negative_embedding)
+        embedding = self._prior(text, seeds, options, progress, away)
+        return self._render(embedding, caption, seeds, options, progress, away), text.embedding
+
+    def _away(
+        self,
+        texts: list[str],
+        seeds: list[int],
+        options: SampleOptions,
+        progress: Progress | None,
+        with_embedding: bool,
+    ) -> Negative:
+        """Negative prompts, one a sample. UsageError: no scale of guidance is above 1, so that they cannot act."""
+        scales = {"prior_guidance": options.prior_guidance, "guidance": options.guidance}
+        stages: dict[str, Any] = {"prior_guidance": self.prior, "guidance": self.decoder}
+        for name, stage in stages.items():
+            if scales[name] is None and stage is not None:
+                scales[name] = stage.config.guidance
+        asked = ["guidance"] if with_embedding else list(scales)
+        if not any((scales[name] or 0) > 1 for name in asked):
+            what = "the embedding of a negative prompt" if with_embedding else "a negative prompt"
+            found = " and ".join(f"{name} is {scales[name] or 0:g}" for name in asked)
+            raise UsageError(f"{what} acts where guidance is above 1, and {found}; raise {' or '.join(asked)}")
+        text = self._timed("clip", lambda: self.embed_text(texts))
+        embedding = self._prior(text, seeds, options, progress) if with_embedding else None
+        return Negative(text, self._caption(texts, text), embedding)
+
     def _prior(
-        self, text: TextFeatures, seeds: list[int], options: SampleOptions, progress: Progress | None
+        self,
+        text: TextFeatures,
+        seeds: list[int],
+        options: SampleOptions,
+        progress: Progress | None,
+        negative: Negative | None = None,
     ) -> Tensor:
         if self.prior is None:
             raise UnclipError(
@@ -111,23 +169,28 @@ class Stages:
                 seeds,
                 steps=options.prior_steps,
                 guidance=options.prior_guidance,
+                negative=None if negative is None else negative.text,
                 callback=heard("prior", progress),
             ),
         )
 
     def _render(
         self,
-        embedding: Tensor,
+        embedding: Tensor | None,
         text: TextFeatures | None,
         seeds: list[int],
         options: SampleOptions,
         progress: Progress | None,
+        negative: Negative | None = None,
     ) -> Tensor:
-        """Embeddings (B, E) -> images (B, 3, S, S) in [-1, 1] at the wanted size."""
+        """Embeddings (B, E), None for the decoder's null, -> images (B, 3, S, S) in [-1, 1] at the wanted size."""
+        away: dict[str, Any] = {}
+        if negative is not None:
+            away = {"negative": negative.caption, "negative_embedding": negative.embedding}
         images = self._timed(
             "decoder",
             lambda: self.decoder.sample(
-                embedding, seeds, text=text, callback=heard("decoder", progress), **options.of_decoder()
+                embedding, seeds, text=text, callback=heard("decoder", progress), **options.of_decoder(), **away
             ),
         )
         return self._enlarge(images, seeds, options, progress)
@@ -150,8 +213,8 @@ class Stages:
         return images
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run one stage. Networks other than CLIP run in `dtype`; parameters and the samplers' state stay
-        float32.
+        """Run one stage and add up its time. Networks other than CLIP run in `dtype`; parameters and the samplers'
+        state stay float32.
         """
         start = time.perf_counter()
         lower = self.dtype != torch.float32 and name != "clip"
@@ -159,7 +222,7 @@ class Stages:
             result = work()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.timings.seconds[name] = time.perf_counter() - start
+        self.timings.seconds[name] = self.timings.seconds.get(name, 0.0) + time.perf_counter() - start
         return result
 
     @staticmethod
@@ -172,3 +235,17 @@ class Stages:
 def heard(stage: str, progress: Progress | None) -> Any:
     """A stage's callback that passes on what happens."""
     return None if progress is None else lambda number, total, _x: progress(stage, number, total)
+
+
+def negative_prompts(given: str | Sequence[str] | None, prompts: int, each: int) -> list[str] | None:
+    """Negative prompts for `each` pictures of every prompt, from one for all or one a prompt. UsageError: another
+    number of them, or an empty one.
+    """
+    if given is None:
+        return None
+    several = check_prompts(given, "negative prompt")
+    if isinstance(given, str):
+        several *= prompts
+    if len(several) != prompts:
+        raise UsageError(f"{len(several)} negative prompts for {prompts} prompts; expected one each, or one for all")
+    return [text for text in several for _ in range(each)]
