@@ -14,7 +14,7 @@ from unclip.clip import TextFeatures
 from unclip.diffusion import get_sampler, timesteps_from
 from unclip.diffusion.samplers import repaint, sdedit, sdedit_timesteps
 from unclip.errors import UsageError
-from unclip.frames import Crop, Frame, frame_around, plan_frames, resize
+from unclip.frames import Crop, Frame, fill_unknown, frame_around, plan_frames, resize
 from unclip.geometry import slerp
 from unclip.inputs import SampleOptions, check_count, check_seeds
 from unclip.masks import check_mask, dilate, feather, mask_box, read_mask, repainted_cells, resize_mask
@@ -242,15 +242,17 @@ class Editing(Stages):
             edge = frame.edge
             size = next((s for s in self.sizes if s >= edge), self.sizes[-1]) if options.size is None else options.size
             given = _to_float(frame.cut(canvases)).to(self.device)
-            alpha = frame.cut(mask).to(self.device)
-            drawn = self._repaint_decoder(embedding, text, seeds, given, alpha, options, way, progress)
+            # Beyond the picture nothing is known; what is painted there is thrown away.
+            alpha = frame.cut(mask, fill=1.0).to(self.device)
+            known = fill_unknown(given, 1 - alpha)
+            drawn = self._repaint_decoder(embedding, text, seeds, known, alpha, options, way, progress)
             for reached in self.sizes:
                 if reached > size:
                     break
                 drawn = self._enlarge(drawn, seeds, replace(options, size=reached), progress)
                 # What is known comes from the picture itself, so that the next stage sees no seam.
                 soft = resize_mask(alpha, reached)
-                drawn = soft * drawn + (1 - soft) * resize(given, reached)
+                drawn = soft * drawn + (1 - soft) * resize(known, reached)
             painted = given + alpha * (resize(drawn, edge) - given)
             for name, seconds in before.seconds.items():
                 self.timings.seconds[name] = self.timings.seconds.get(name, 0.0) + seconds

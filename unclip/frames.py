@@ -26,7 +26,7 @@ class Frame:
     edge: int
 
     def cut(self, picture: Tensor, fill: float | None = None) -> Tensor:
-        """The square (…, E, E) of a picture (…, H, W); beyond its borders `fill`, or the picture mirrored."""
+        """The square (…, E, E) of a picture (…, H, W); beyond its borders `fill`, or else the picture mirrored."""
         rows, columns = self._indices(self.top, picture.shape[-2]), self._indices(self.left, picture.shape[-1])
         square = picture[..., rows, :][..., columns]
         if fill is None:
@@ -128,6 +128,28 @@ def _positions(length: int, first: int, last: int, edge: int, overlap: float) ->
             high = min(length, high + step)
             found.append((high - edge, away))
     return found
+
+
+def fill_unknown(squares: Tensor, known: Tensor) -> Tensor:
+    """(B, 3, E, E) with what is not known made up smoothly from what is, so that resizing bleeds nothing else into it.
+
+    known: (E, E) in [0, 1]. Averages of the known over ever larger cells take the place of what is missing in the
+    smaller ones (pull-push; Gortler et al. 1996, §3.4). Zeros where nothing is known at all.
+    """
+    return _pull_push(squares, known[None, None].to(squares))
+
+
+def _pull_push(x: Tensor, weight: Tensor) -> Tensor:
+    if bool((weight == 1).all()):
+        return x
+    edge = x.shape[-1]
+    if edge == 1:
+        return torch.where(weight > 0, x, torch.zeros_like(x))
+    half = (edge + 1) // 2
+    coverage = F.adaptive_avg_pool2d(weight, half)
+    mean = F.adaptive_avg_pool2d(x * weight, half) / coverage.clamp_min(1e-12)
+    coarse = _pull_push(mean, (coverage > 0).to(x))
+    return weight * x + (1 - weight) * F.interpolate(coarse, (edge, edge), mode="bilinear")
 
 
 def resize(squares: Tensor, size: int) -> Tensor:

@@ -72,8 +72,9 @@ def repaint(image: Tensor, known: Tensor, *, jump_length: int = 10, resamplings:
 
     image: (B, C, …) in x_0's range; known: (B, 1, …) or (B, C, …), 1 = given, 0 = to be painted. After each step the
     known part is put back, noised to the level reached (eq. 8a); going back up by `jump_length` levels,
-    `resamplings` − 1 times at each halt, lets the two parts agree. The reverse steps are DDIM's (DDIM, eq. 12), `eta` 1 being
-    DDPM with the posterior's variance; what is known comes out as given. The callback hears every step of denoising.
+    `resamplings` − 1 times at each halt, lets the two parts agree. The reverse steps are DDIM's (DDIM, eq. 12),
+    `eta` 1 being DDPM with the posterior's variance; what is known comes out as given. The callback hears every step of
+    denoising.
     """
 
     def sample(
