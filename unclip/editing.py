@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +13,7 @@ from unclip.clip import TextFeatures
 from unclip.diffusion import get_sampler, timesteps_from
 from unclip.diffusion.samplers import repaint, sdedit, sdedit_timesteps
 from unclip.errors import UsageError
-from unclip.frames import Crop, Frame, fill_unknown, frame_around, plan_frames, resize
+from unclip.frames import Crop, Frame, fill_unknown, frame_around, margins, plan_frames, resize
 from unclip.geometry import slerp
 from unclip.inputs import SampleOptions, check_count, check_seeds
 from unclip.masks import check_mask, dilate, feather, mask_box, read_mask, repainted_cells, resize_mask
@@ -24,10 +23,6 @@ from unclip.upscaling import Progress, Timings
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-LARGEST_CANVAS = 16_384
-"""Edge in pixels beyond which an outpainted picture is taken for a mistake."""
-
 
 @dataclass(frozen=True)
 class Resampling:
@@ -127,9 +122,9 @@ class Editing(Stages):
         chosen, seeds = self._options(options), _seeds(seed, num_images)
         picture = _picture(image)
         height, width = picture.shape[-2:]
-        margins = _margins(width, height, (left, top, right, bottom), to)
-        canvas_width, canvas_height = width + margins[0] + margins[2], height + margins[1] + margins[3]
-        box = (margins[0], margins[1], margins[0] + width, margins[1] + height)
+        sides = margins(width, height, (left, top, right, bottom), to)
+        canvas_width, canvas_height = width + sides[0] + sides[2], height + sides[1] + sides[3]
+        box = (sides[0], sides[1], sides[0] + width, sides[1] + height)
         edge = _frame_edge(frame, canvas_width, canvas_height, max(self.sizes[-1], min(width, height)))
         frames = plan_frames(canvas_width, canvas_height, box, edge, overlap)
         unknown = torch.ones(canvas_height, canvas_width)
@@ -206,20 +201,16 @@ class Editing(Stages):
             raise UsageError(f"keep_embedding is {keep}, expected 0 (the prompt's alone) to 1 (the picture's alone)")
         if prompt is None and weight < 1:
             raise UsageError(f"keep_embedding {weight} needs a prompt for the rest; give one, or keep all of it (1)")
-        own = caption = None
-        if weight > 0:
-            unit = self.decoder.config.embedding_length == "unit"
-            pixels = resize(square, self.clip.image_size)
-            own = self._timed("clip", lambda: self.clip.encode_image(pixels, unit_length=unit)).expand(len(seeds), -1)
-        if prompt is not None:
-            text = self._timed("clip", lambda: self.embed_text([prompt] * len(seeds)))
-            caption = self._caption([prompt] * len(seeds), text)
-            if own is None:
-                return self._prior(text, seeds, options, progress), caption
-            if weight < 1:
-                return slerp(self._prior(text, seeds, options, progress), own, weight), caption
-        assert own is not None
-        return own, caption
+        texts = [] if prompt is None else [prompt] * len(seeds)
+        text = self._timed("clip", lambda: self.embed_text(texts)) if texts else None
+        caption = None if text is None else self._caption(texts, text)
+        told = None if text is None or weight == 1 else self._prior(text, seeds, options, progress)
+        if told is not None and weight == 0:
+            return told, caption
+        unit = self.decoder.config.embedding_length == "unit"
+        pixels = resize(square, self.clip.image_size)
+        own = self._timed("clip", lambda: self.clip.encode_image(pixels, unit_length=unit)).expand(len(seeds), -1)
+        return (own if told is None else slerp(told, own, weight)), caption
 
     def _painter(
         self,
@@ -305,8 +296,10 @@ def _picture(image: Any) -> Tensor:
     if not isinstance(one, Tensor):
         return torch.from_numpy(np.array(one)).permute(2, 0, 1).contiguous()
     if one.ndim != 3 or one.shape[0] != 3 or not one.is_floating_point() or not one.numel():
-        raise UsageError(f"an image tensor of shape {tuple(one.shape)} and {one.dtype}; expected (3, H, W), floating "
-                         "point, in [-1, 1]")
+        raise UsageError(
+            f"an image tensor of shape {tuple(one.shape)} and {one.dtype}; expected (3, H, W), floating point, in "
+            "[-1, 1]"
+        )
     return _to_bytes(one.detach().cpu())
 
 
@@ -327,30 +320,6 @@ def _finish(canvases: Tensor, output: str) -> Any:
     from PIL import Image as Pillow
 
     return [Pillow.fromarray(one.permute(1, 2, 0).contiguous().numpy()) for one in canvases]
-
-
-def _margins(width: int, height: int, sides: Sequence[int], to: tuple[int, int] | None) -> tuple[int, int, int, int]:
-    """Pixels to add (left, top, right, bottom)."""
-    names = ("left", "top", "right", "bottom")
-    for name, pixels in zip(names, sides, strict=True):
-        if pixels < 0:
-            raise UsageError(f"{name} is {pixels}, expected 0 pixels or more")
-    left, top, right, bottom = sides
-    if to is not None:
-        if any(sides):
-            raise UsageError("give either the size of the whole (to) or the pixels to add (left, right, top, bottom)")
-        if to[0] < width or to[1] < height:
-            raise UsageError(f"the picture is {width}x{height} pixels and cannot be outpainted to {to[0]}x{to[1]}")
-        left, top = (to[0] - width) // 2, (to[1] - height) // 2
-        right, bottom = to[0] - width - left, to[1] - height - top
-    if not any((left, top, right, bottom)):
-        raise UsageError("nothing to add; say how far to outpaint: left, right, top, bottom, or to with a larger size")
-    if max(width + left + right, height + top + bottom) > LARGEST_CANVAS:
-        raise UsageError(
-            f"outpainting to {width + left + right}x{height + top + bottom} pixels; expected at most {LARGEST_CANVAS} "
-            "along an edge"
-        )
-    return left, top, right, bottom
 
 
 def _frame_edge(frame: int | None, width: int, height: int, largest: int) -> int:

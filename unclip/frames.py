@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,8 @@ from unclip.errors import UsageError
 Crop = Literal["fit", "whole", "mask"]
 Box = tuple[int, int, int, int]
 CROPS = ("fit", "whole", "mask")
+LARGEST_CANVAS = 16_384
+"""Edge in pixels beyond which an outpainted picture is taken for a mistake."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,33 @@ def _place(centre: float, edge: int, length: int) -> int:
     if edge >= length:
         return (length - edge) // 2
     return min(max(round(centre - edge / 2), 0), length - edge)
+
+
+def margins(width: int, height: int, sides: Sequence[int], to: tuple[int, int] | None) -> tuple[int, int, int, int]:
+    """Pixels to add (left, top, right, bottom), from those or from the size of the whole (width, height).
+
+    UsageError: both or none of them, a side below 0, a whole smaller than the picture or larger than 16384 pixels.
+    """
+    names = ("left", "top", "right", "bottom")
+    for name, pixels in zip(names, sides, strict=True):
+        if pixels < 0:
+            raise UsageError(f"{name} is {pixels}, expected 0 pixels or more")
+    left, top, right, bottom = sides
+    if to is not None:
+        if any(sides):
+            raise UsageError("give either the size of the whole (to) or the pixels to add (left, right, top, bottom)")
+        if to[0] < width or to[1] < height:
+            raise UsageError(f"the picture is {width}x{height} pixels and cannot be outpainted to {to[0]}x{to[1]}")
+        left, top = (to[0] - width) // 2, (to[1] - height) // 2
+        right, bottom = to[0] - width - left, to[1] - height - top
+    if not any((left, top, right, bottom)):
+        raise UsageError("nothing to add; say how far to outpaint: left, right, top, bottom, or to with a larger size")
+    if max(width + left + right, height + top + bottom) > LARGEST_CANVAS:
+        raise UsageError(
+            f"outpainting to {width + left + right}x{height + top + bottom} pixels; expected at most {LARGEST_CANVAS} "
+            "along an edge"
+        )
+    return left, top, right, bottom
 
 
 def plan_frames(width: int, height: int, picture: Box, edge: int, overlap: float = 0.5) -> list[Frame]:
