@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP
+from unclip.editing import Editing
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import (
     SampleOptions,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from upsamplers import UpsamplerStage
 
 
-class UnCLIP(Stages, Upscaling):
+class UnCLIP(Editing, Stages, Upscaling):
     """A whole unCLIP system. `UnCLIP.from_pretrained()` loads the model that comes with the package.
 
     >>> from unclip import UnCLIP
