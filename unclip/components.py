@@ -83,19 +83,20 @@ class PrincipalComponents:
                 raise UsageError(
                     f"{number} dimensions are asked for, and this CLIP's embeddings have {self.config.embedding_dim}"
                 )
-            if number > self.count:
+            if number > self.count and self.config.samples <= self.count + 1:
                 raise UsageError(
-                    f"{number} dimensions are asked for, and the {self.config.samples} embeddings measured vary in "
+                    f"{number} dimensions are asked for, and the {self.config.samples} embeddings measured tell "
                     f"{self.count}; fit the PCA on more images"
                 )
             if number < 0:
-                raise UsageError(f"{number} dimensions are asked for; expected 0 (the mean) to {self.count}")
+                raise UsageError(f"{number} dimensions are asked for; expected 0 (the mean) or more")
 
     def reconstruct(self, embeddings: Tensor, dims: int) -> Tensor:
         """mean + Σ_{j ≤ dims} ⟨z − mean, v_j⟩ v_j for embeddings z (B, E) -> (B, E), float32, of whatever length.
 
-        0 dimensions give the mean. With all of them, and as many directions measured as the embeddings have dimensions,
-        z comes back but for rounding. UsageError: more dimensions than there are.
+        0 dimensions give the mean. Where more embeddings were measured than there are components, nothing varies beyond
+        these, and more dimensions are the same as all of them. UsageError: more dimensions than E, or than the
+        embeddings measured can tell.
         """
         self.check_dims([dims])
         mean, basis = self.mean.to(embeddings.device), self.components[:dims].to(embeddings.device)

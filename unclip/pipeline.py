@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
+from unclip.bundle import BUNDLED, MANIFEST, PARTS, PCA, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP
+from unclip.components import PrincipalComponents
 from unclip.editing import Editing
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import (
@@ -22,7 +23,12 @@ from unclip.inputs import (
     check_size,
     resolve_device,
 )
+from unclip.latents import Latents
+from unclip.manipulation import Manipulation
+from unclip.mixing import Mixing
 from unclip.parts import bundle_sizes, check_fit, image_pixels
+from unclip.probing import Probing
+from unclip.reranking import Reranking
 from unclip.stages import Stages, negative_prompts
 from unclip.upscaling import Progress, Timings, Upscaling
 
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
     from upsamplers import UpsamplerStage
 
 
-class UnCLIP(Editing, Stages, Upscaling):
+class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscaling):
     """A whole unCLIP system. `UnCLIP.from_pretrained()` loads the model that comes with the package.
 
     >>> from unclip import UnCLIP
@@ -55,13 +61,15 @@ class UnCLIP(Editing, Stages, Upscaling):
         manifest: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        components: PrincipalComponents | None = None,
     ) -> None:
+        self.components = components
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         self.manifest = manifest or {}
         self.device, self.dtype = torch.device(device), dtype
         self.timings = Timings()
         self._captions = None
-        check_fit(clip, decoder, prior, self.upsamplers)
+        check_fit(clip, decoder, prior, self.upsamplers, components)
 
     # ---- loading ---------------------------------------------------------------------------------------
 
@@ -104,7 +112,8 @@ class UnCLIP(Editing, Stages, Upscaling):
                 stage = UpsamplerStage.load(folder / parts[part], place)
                 upsamplers.append(stage)
                 reached *= stage.config.factor
-        return cls(clip, decoder, prior, upsamplers, manifest, place, dtype)
+        components = PrincipalComponents.load(folder / parts[PCA]) if PCA in parts else None
+        return cls(clip, decoder, prior, upsamplers, manifest, place, dtype, components)
 
     # ---- embeddings ------------------------------------------------------------------------------------
 
@@ -215,9 +224,17 @@ class UnCLIP(Editing, Stages, Upscaling):
         progress: Progress | None = None,
         **options: Any,
     ) -> list[Image] | Tensor:
-        """Pictures that share an image's CLIP embedding (unCLIP §3.1), from fresh noise."""
+        """Pictures that share an image's CLIP embedding (unCLIP §3.1), from fresh noise.
+
+        With `Latents` of one picture in place of the image they start from its own x_T; the option eta then says how
+        much noise is drawn on the way, 0 (the picture itself) to 1 (x_T forgotten; default).
+        """
         check_count(num_images)
         chosen = self._options(options)
+        if isinstance(image, Latents):
+            self.timings = Timings()
+            eta = 1.0 if chosen.eta is None else chosen.eta
+            return self._finish(self._varied(image, num_images, seed, eta, chosen, progress), output)
         seeds = check_seeds([seed + i for i in range(num_images)], num_images)
         self.timings = Timings()
         pixels = image_pixels(image, self.clip.image_size, self.device)
