@@ -16,7 +16,7 @@ from unclip.errors import UsageError
 from unclip.frames import Crop, Frame, fill_unknown, frame_around, margins, plan_frames, resize
 from unclip.geometry import slerp
 from unclip.inputs import SampleOptions, check_count, check_seeds
-from unclip.masks import check_mask, dilate, feather, mask_box, read_mask, repainted_cells, resize_mask
+from unclip.masks import check_mask, dilate, feather, mask_box, read_mask, repainted_cells
 from unclip.parts import image_pixels
 from unclip.stages import Stages, heard
 from unclip.upscaling import Progress, Timings
@@ -196,11 +196,7 @@ class Editing(Stages):
         progress: Progress | None,
     ) -> tuple[Tensor, TextFeatures | None]:
         """What the picture shall show: embeddings (B, E) and the caption, for a prompt and a square (1, 3, S, S)."""
-        weight = (1.0 if prompt is None else 0.0) if keep is None else keep
-        if not 0 <= weight <= 1:
-            raise UsageError(f"keep_embedding is {keep}, expected 0 (the prompt's alone) to 1 (the picture's alone)")
-        if prompt is None and weight < 1:
-            raise UsageError(f"keep_embedding {weight} needs a prompt for the rest; give one, or keep all of it (1)")
+        weight = check_kept(prompt, keep)
         texts = [] if prompt is None else [prompt] * len(seeds)
         text = self._timed("clip", lambda: self.embed_text(texts)) if texts else None
         caption = None if text is None else self._caption(texts, text)
@@ -241,9 +237,9 @@ class Editing(Stages):
                 if reached > size:
                     break
                 drawn = self._enlarge(drawn, seeds, replace(options, size=reached), progress)
-                # What is known comes from the picture itself, so that the next stage sees no seam.
-                soft = resize_mask(alpha, reached)
-                drawn = soft * drawn + (1 - soft) * resize(known, reached)
+                # What is known comes from the picture itself, so that the next stage sees no seam. Greys blend once, at
+                # the end: to the model they are to be painted.
+                drawn = torch.where(repainted_cells(alpha, reached) > 0, drawn, resize(known, reached))
             painted = given + alpha * (resize(drawn, edge) - given)
             for name, seconds in before.seconds.items():
                 self.timings.seconds[name] = self.timings.seconds.get(name, 0.0) + seconds
@@ -276,6 +272,19 @@ class Editing(Stages):
                 count = len(timesteps_from(config.steps, self.decoder.process.timesteps))
                 own["steps"] = config.steps if count >= way.steps else way.steps
         return self._timed("decoder", partial(self.decoder.sample, embedding, seeds, text=text, **own))
+
+
+def check_kept(prompt: str | None, keep: float | None) -> float:
+    """The weight of the picture's own embedding: `keep`, or by default 0 with a prompt and 1 without.
+
+    UsageError: outside 0 … 1; below 1 with no prompt for the rest.
+    """
+    weight = (1.0 if prompt is None else 0.0) if keep is None else keep
+    if not 0 <= weight <= 1:
+        raise UsageError(f"keep_embedding is {keep}, expected 0 (the prompt's alone) to 1 (the picture's alone)")
+    if prompt is None and weight < 1:
+        raise UsageError(f"keep_embedding {weight} needs a prompt for the rest; give one, or keep all of it (1)")
+    return weight
 
 
 def _seeds(seed: int, num_images: int) -> list[int]:

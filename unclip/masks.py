@@ -139,16 +139,12 @@ def mask_box(mask: Tensor) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def resize_mask(mask: Tensor, size: int) -> Tensor:
-    """A square mask (E, E) -> (1, 1, size, size): each cell the mean of what it covers."""
-    return F.interpolate(mask[None, None], (size, size), mode="area" if size < len(mask) else "bilinear").clamp(0, 1)
-
-
 def repainted_cells(mask: Tensor, size: int) -> Tensor:
     """A square mask (E, E) -> (1, 1, size, size) of 0 and 1: the cells that touch anything to be repainted.
 
     A network at a low resolution must not be told that a cell is known when a part of it is not.
     """
-    if size >= len(mask):
-        return (resize_mask(mask, size) > 0).float()
-    return (F.adaptive_max_pool2d(mask[None, None], size) > 0).float()
+    square = mask[None, None]
+    larger = size >= len(mask)
+    touched = F.interpolate(square, (size, size), mode="bilinear") if larger else F.adaptive_max_pool2d(square, size)
+    return (touched > 0).float()

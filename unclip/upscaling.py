@@ -124,7 +124,7 @@ class Upscaling:
         longer edge is beyond the upsamplers' largest, or no longer than the smallest's input, or than `start`.
         """
         from unclip.data.images import to_pil
-        from upsamplers.upscale import check_reach, to_edge
+        from upsamplers.upscale import check_reach
 
         sizes = [stage.config.high_size for stage in self.upsamplers]
         largest = check_reach(sizes, None)
@@ -151,7 +151,7 @@ class Upscaling:
             )[0]
             for name, seconds in self.timings.seconds.items():
                 spent.seconds[name] = spent.seconds.get(name, 0.0) + seconds
-            results.append(_fit(to_edge(drawn, longer)[0], picture))
+            results.append(_fit(drawn, picture))
         self.timings = spent
         return results if output == "tensor" else [to_pil(result) for result in results]
 
@@ -217,7 +217,7 @@ def _clocked(seconds: dict[str, float], progress: Progress | None) -> Progress:
 
 
 def _fit(drawn: Tensor, picture: Any) -> Tensor:
-    """`drawn` (3, H, W) at the picture's exact size, from which rounding may have led it a pixel away."""
+    """`drawn` (3, H, W) at the picture's size."""
     size = tuple(picture.shape[-2:]) if isinstance(picture, Tensor) else (picture.height, picture.width)
     if tuple(drawn.shape[-2:]) == size:
         return drawn

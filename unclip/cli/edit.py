@@ -57,8 +57,6 @@ Prompt = Annotated[
 KeepEmbedding = Annotated[
     float | None,
     typer.Option(
-        min=0,
-        max=1,
         help="How much of the picture's own CLIP embedding is kept: 0 the prompt's alone, 1 the picture's alone.",
         rich_help_panel=_SHOWN,
     ),
@@ -96,9 +94,9 @@ def inpaint(
         Channel,
         typer.Option(help="alpha: what is transparent in the mask is repainted.", rich_help_panel=_WHERE),
     ] = Channel.brightness,
-    dilate: Annotated[int, typer.Option(min=0, help="Grow the mask by so many pixels.", rich_help_panel=_WHERE)] = 0,
+    dilate: Annotated[int, typer.Option(help="Grow the mask by so many pixels.", rich_help_panel=_WHERE)] = 0,
     feather: Annotated[
-        int, typer.Option(min=0, help="Soften its edge over so many pixels, inwards.", rich_help_panel=_WHERE)
+        int, typer.Option(help="Soften its edge over so many pixels, inwards.", rich_help_panel=_WHERE)
     ] = 0,
     crop: Annotated[
         Crop,
@@ -109,7 +107,7 @@ def inpaint(
     ] = Crop.fit,
     context: Annotated[
         float | None,
-        typer.Option(min=0, help="With --crop mask: margin, in edges of the mask (0.5).", rich_help_panel=_WHERE),
+        typer.Option(help="With --crop mask: margin, in edges of the mask (0.5).", rich_help_panel=_WHERE),
     ] = None,
     num_images: opt.NumImages = 1,
     seed: opt.Seed = 0,
@@ -139,10 +137,14 @@ def inpaint(
     from unclip.data.images import load_image
     from unclip.frames import frame_around
     from unclip.masks import check_mask, mask_box, read_mask
+    from unclip.masks import dilate as grown
+    from unclip.masks import feather as softened
 
     picture = load_image(image)
     painted = check_mask(read_mask(mask, mask_channel.value, invert_mask), *picture.size)
+    painted = check_mask(softened(grown(painted, dilate), feather), *picture.size)
     frame_around(mask_box(painted), *picture.size, crop.value, context)  # before the model is loaded
+    _check_shown(prompt, keep_embedding)
     sampling = opt.given(
         size=size,
         guidance=guidance,
@@ -152,10 +154,9 @@ def inpaint(
         upsampler_steps=upsampler_steps,
         memory_limit=memory_limit,
     )
-    own = opt.given(keep_embedding=keep_embedding, context=context)
-    own |= {"crop": crop.value, "dilate_by": dilate, "feather_by": feather}
+    own = {**opt.given(keep_embedding=keep_embedding, context=context), "crop": crop.value}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
-    shown = {**sampling, **own, **way}
+    shown = {**sampling, **own, **way, "dilate": dilate, "feather": feather}
     setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, shown)
     jobs = _jobs(image, "inpainted", prompt, seed, num_images, {"mask": str(mask)})
     _run("inpaint", jobs, (picture, painted, prompt), {**sampling, **own}, way, setting, out, overwrite)
@@ -219,6 +220,7 @@ def outpaint(
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     margins(*picture.size, (left, top, right, bottom), to)  # before the model is loaded
     plan_frames(1, 1, (0, 0, 1, 1), 1, overlap)
+    _check_shown(prompt, keep_embedding)
     sampling = opt.given(
         size=size,
         guidance=guidance,
@@ -242,7 +244,7 @@ def edit(
     strength: Annotated[
         float,
         typer.Option(
-            min=0, max=1, help="How much is forgotten: 0 nothing, 1 everything, as `sample`.", rich_help_panel=_SHOWN
+            help="How much is forgotten: 0 nothing, 1 everything, as `sample`.", rich_help_panel=_SHOWN
         ),
     ] = 0.6,
     keep_embedding: KeepEmbedding = None,
@@ -271,8 +273,11 @@ def edit(
     model.
     """
     from unclip.data.images import load_image
+    from unclip.diffusion.samplers.editing import check_strength
 
     picture = load_image(image)
+    check_strength(strength)
+    _check_shown(prompt, keep_embedding)
     sampling = opt.given(
         size=size,
         guidance=guidance,
@@ -289,11 +294,17 @@ def edit(
     _run("edit", jobs, (picture, prompt), sampling, {}, setting, out, overwrite)
 
 
+def _check_shown(prompt: str | None, keep_embedding: float | None) -> None:
+    from unclip.editing import check_kept
+
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty; say what the picture shows, or leave it out")
+    check_kept(prompt, keep_embedding)
+
+
 def _jobs(
     image: Path, done: str, prompt: str | None, seed: int, count: int, extra: dict[str, Any] | None = None
 ) -> list[Job]:
-    if prompt is not None and not prompt.strip():
-        raise UsageError("the prompt is empty; say what the picture shows, or leave it out")
     more = {"image": str(image), **(extra or {})}
     return [Job(f"{image.stem} {done}", seed + i, prompt=prompt, extra=more) for i in range(count)]
 

@@ -39,10 +39,15 @@ def sdedit_timesteps(timesteps: Sequence[int], strength: float, count: int) -> l
     Index t is noise of t + 1 steps, so t becomes strength·(t + 1) − 1. Strength 1 changes nothing; where strength·T is
     less than half a step, nothing is left. UsageError: a strength outside 0 … 1.
     """
-    if not 0 <= strength <= 1:
-        raise UsageError(f"strength is {strength}, expected 0 (the picture itself) to 1 (drawn from noise alone)")
+    check_strength(strength)
     noisiest = round(strength * count) - 1
     return sorted({t for t in (min(round(strength * (t + 1)) - 1, noisiest) for t in timesteps) if t >= 0})
+
+
+def check_strength(strength: float) -> None:
+    """UsageError unless it lies in 0 … 1."""
+    if not 0 <= strength <= 1:
+        raise UsageError(f"strength is {strength}, expected 0 (the picture itself) to 1 (drawn from noise alone)")
 
 
 def repaint_levels(steps: int, jump_length: int, resamplings: int) -> list[int]:
