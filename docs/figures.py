@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import figures_editing
 import matplotlib
 import numpy as np
 import torch
@@ -184,6 +185,7 @@ FIGURES: dict[str, Callable[[], Image.Image | None]] = {
     "samplers": samplers,
     "variances": variances,
     "trajectory": trajectory,
+    **figures_editing.FIGURES,
 }
 
 if __name__ == "__main__":
