@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import figures_editing
+import figures_probing
 import matplotlib
 import numpy as np
 import torch
@@ -186,6 +187,7 @@ FIGURES: dict[str, Callable[[], Image.Image | None]] = {
     "variances": variances,
     "trajectory": trajectory,
     **figures_editing.FIGURES,
+    **figures_probing.FIGURES,
 }
 
 if __name__ == "__main__":
