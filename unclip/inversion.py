@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip.diffusion import SeededNoise, timesteps_from
-from unclip.diffusion.latents import invert, lowest_level, replay
+from unclip.diffusion.latents import highest_level, invert, lowest_level, replay
 from unclip.errors import UsageError
 from unclip.frames import resize
 from unclip.geometry import peak_signal_to_noise
@@ -138,10 +138,12 @@ class Inversion(Stages):
         denoiser = self.decoder.conditional(embedding)
 
         def work() -> tuple[Tensor, tuple[int, ...]]:
-            lowest = 0
             if isinstance(steps, (int, str)):
-                lowest = min(int(lowest_level(denoiser, x_start, process).max()), process.timesteps - 2)
-            kept = timesteps_from(steps, process.timesteps, lowest=lowest)
+                highest = highest_level(process)
+                lowest = min(int(lowest_level(denoiser, x_start, process).max()), highest - 1)
+                kept = timesteps_from(steps, highest + 1, lowest=lowest)
+            else:
+                kept = timesteps_from(steps, process.timesteps)
             told = heard("inversion", progress)
             return invert(denoiser, x_start, process.steps(kept), refinements=refinements, callback=told), tuple(kept)
 

@@ -216,7 +216,7 @@ def _eta_sheet(
                 row += draw(jobs[start : min(start + setting.batch_size, (number + 1) * columns)], bars)
             rows.append(row)
             bars.close()
-    sheet = labelled_sheet(rows, [f"η = {eta:g}" for eta in etas])
+    sheet = labelled_sheet(rows, [f"eta = {eta:g}" for eta in etas])
     seed = jobs[0].seed
     text = {
         "command": "variations",

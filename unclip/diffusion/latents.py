@@ -21,6 +21,8 @@ from unclip.diffusion.samplers.common import Callback, Noise, tell, timestep
 from unclip.diffusion.samplers.implicit import ddim_inversion, ddim_step
 from unclip.errors import UsageError
 
+_LEAST_SIGNAL = 0.02
+
 
 def lowest_level(denoiser: Denoiser, x_start: Tensor, process: GaussianDiffusion) -> Tensor:
     """For each image (B, C, H, W) in [-1, 1] the smallest t, (B,) int64, at which the network's ε̂ of
@@ -35,6 +37,16 @@ def lowest_level(denoiser: Denoiser, x_start: Tensor, process: GaussianDiffusion
         enough = epsilon.double().square().flatten(1).mean(dim=1) <= 1
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
     return high
+
+
+def highest_level(process: GaussianDiffusion) -> int:
+    """The t to invert up to. Of a network that predicts ε, x̂_0 is its error divided by sqrt(ᾱ_t), which near T is
+    next to 0 (5e-5 with the cosine schedule): the way back would begin with that error alone. There it is the largest t
+    with sqrt(ᾱ_t) of at least 0.02, for other networks T − 1.
+    """
+    if process.config.prediction != "epsilon":
+        return process.timesteps - 1
+    return int((process.sqrt_alphas_cumprod >= _LEAST_SIGNAL).nonzero()[0][-1])
 
 
 def invert(
