@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -71,7 +72,7 @@ class Mixing(Stages):
         self.timings = Timings()
         pixels = [image_pixels(image, self.clip.image_size, self.device) for image, _ in images]
         unit = self.decoder.config.embedding_length == "unit"
-        fixed = [self._timed("clip", lambda one=one: self.clip.encode_image(one, unit_length=unit)) for one in pixels]
+        fixed = [self._timed("clip", partial(self.clip.encode_image, one, unit_length=unit)) for one in pixels]
         for one in fixed:
             if len(one) != 1:
                 raise UsageError(f"each image of a mixture is a single one, got {len(one)}")
@@ -88,7 +89,7 @@ class Mixing(Stages):
 
         found = []
         for text in texts:
-            features = self._timed("clip", lambda text=text: self.embed_text([text] * len(seeds)))
+            features = self._timed("clip", partial(self.embed_text, [text] * len(seeds)))
             if raw:
                 found.append(text_embedding(features, self.decoder.config))
             else:

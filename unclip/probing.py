@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +138,7 @@ class Probing(Stages):
         self.timings = Timings()
         found = []
         for text, one in zip([None, *words], [picture, *attacked], strict=True):
-            shares = self._timed("clip", lambda one=one: self.zero_shot(one, names, template=template))[0].tolist()
+            shares = self._timed("clip", partial(self.zero_shot, one, names, template=template))[0].tolist()
             ranked = dict(sorted(zip(names, shares, strict=True), key=lambda pair: -pair[1]))
             embedding = self._embedded(one).expand(num_images, -1)
             drawn = self._finish(self._render(embedding, None, seeds, chosen, progress), "pil")

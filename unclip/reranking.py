@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,7 +93,7 @@ class Reranking(Stages):
                 own = seeds[start : start + batch_size]
                 negative = None if away is None else [away[number]] * len(own)
                 images, wanted = self._draw([text] * len(own), own, draft, progress, negative, negative_embedding)
-                scores = (self._timed("clip", lambda images=images: self.clip.encode_image(images)) * wanted).sum(1)
+                scores = (self._timed("clip", partial(self.clip.encode_image, images)) * wanted).sum(1)
                 fresh = zip(images.cpu().unbind(), scores.tolist(), own, strict=True)
                 best += [_Draft(pixels.clone(), score, one) for pixels, score, one in fresh]
                 best = sorted(best, key=lambda one: (-one.score, one.seed))[:keep]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unclip.cli import options as opt
 from unclip.cli.progress import Bars
 from unclip.cli.sheets import Cell, Columns, Json, fitted, prepare
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SHOWN = 4
 """Labels whose probabilities stand beside a picture."""
@@ -122,7 +125,7 @@ def typographic(
             progress=bars,
             **options,
         )
-    rows = []
+    rows: list[list[Image | str | None]] = []
     for attack in attacks:
         likeliest = list(attack.probabilities.items())[:_SHOWN]
         panel = "\n".join(f"{label} {share:.1%}" for label, share in likeliest)
