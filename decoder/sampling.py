@@ -26,7 +26,7 @@ from unclip.diffusion import (
     static_clip,
     timesteps_from,
 )
-from unclip.diffusion.samplers import Callback
+from unclip.diffusion.samplers import Callback, Sampler
 from unclip.errors import UnclipError, UsageError
 from unclip.nn.prepared import PreparedNetwork
 
@@ -71,9 +71,11 @@ class DecoderStage:
         guidance_text: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_rescale: float | None = None,
-        sampler: str | None = None,
+        sampler: str | Sampler | None = None,
         eta: float | None = None,
         embedding_noise_level: int | None = None,
+        negative: TextFeatures | None = None,
+        negative_embedding: Tensor | None = None,
         inpaint_image: Tensor | None = None,
         inpaint_mask: Tensor | None = None,
         callback: Callback | None = None,
@@ -85,8 +87,11 @@ class DecoderStage:
         guidance_text: with it, `guidance` is the scale for the image embedding alone, and this one for what the caption
         adds to it: out(∅) + s·(out(z) − out(∅)) + s_text·(out(z, y) − out(z)).
         guidance_interval, guidance_rescale: see `make_denoiser`.
+        sampler: the name of one, or one made for the occasion (`repaint`, `sdedit`).
         embedding_noise_level: noise added to the embedding, in steps of the process, of which the network is told;
         needs a decoder trained with `embedding_noise_levels`.
+        negative, negative_embedding: captions and image embeddings (B, E) to move away from. They take the place of ∅,
+        each of them alone or both, and so act where the scale at ∅ is not 1.
         inpaint_image (B, 3, S, S) or (3, S, S) in [-1, 1] and inpaint_mask (B, 1, S, S) or (S, S), 1 = repaint,
         0 = keep: what is kept comes out as given. They need a decoder trained with `inpainting`, which without them
         paints everything.
@@ -99,14 +104,17 @@ class DecoderStage:
         size = config.unet.image_size
         x = noise.draw((3, size, size), self.device)
         condition = self._condition(embedding, text, count)
+        null = self._null(condition, negative, negative_embedding, count)
         if config.embedding_noise_levels:
             # Drawn after x_T, which so depends on the seed alone.
             drawn = noise.draw((config.embedding_dim,), self.device) if level else torch.zeros(1, device=self.device)
-            condition |= augmented_embedding(condition["image_embedding"], level, drawn, self.process, config.scale)
+            for one in (condition, null):
+                one |= augmented_embedding(one["image_embedding"], level, drawn, self.process, config.scale)
         clip = clip_from(config.diffusion.x_start_clip, static_clip())
         if config.inpainting:
             image, known = self._known(inpaint_image, inpaint_mask, count)
-            condition |= {"known_image": image, "known": known}
+            for one in (condition, null):
+                one |= {"known_image": image, "known": known}
             clip = keeping(image, known, clip)
         elif inpaint_image is not None or inpaint_mask is not None:
             raise UsageError("this decoder was not trained to inpaint; use one trained with model.inpainting=true")
@@ -115,9 +123,10 @@ class DecoderStage:
             "rescale": config.guidance_rescale if guidance_rescale is None else guidance_rescale,
             "clip": clip,
         }
-        denoiser = self._denoiser(condition, guidance, guidance_text, text is not None, embedding is not None, options)
+        has_text, has_embedding = text is not None, embedding is not None
+        denoiser = self._denoiser(condition, null, guidance, guidance_text, has_text, has_embedding, options)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
-        draw = get_sampler(sampler or config.sampler)
+        draw = sampler if callable(sampler) else get_sampler(sampler or config.sampler)
         x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
         # Multistep samplers end on a mixture of several x̂_0; what is kept is kept to the bit.
         return keeping(condition["known_image"], condition["known"], None)(x) if config.inpainting else x
@@ -132,11 +141,13 @@ class DecoderStage:
         if self.config.inpainting:
             image, known = self._known(None, None, len(embedding))
             condition |= {"known_image": image, "known": known}
-        return self._denoiser(condition, 1.0, 1.0, text is not None, True, {})
+        null = self._null(condition, None, None, len(embedding))
+        return self._denoiser(condition, null, 1.0, 1.0, text is not None, True, {})
 
     def _denoiser(
         self,
         condition: dict[str, Tensor],
+        null: dict[str, Tensor],
         guidance: float | None,
         guidance_text: float | None,
         has_text: bool,
@@ -157,7 +168,6 @@ class DecoderStage:
 
         # The conditioning goes through the network once for all steps.
         network = PreparedNetwork(lambda **conditioning: own.read(**cast(conditioning)), step)
-        null = {**condition, "drop_embedding": yes, "drop_text": yes}
         scale = config.guidance if guidance is None else guidance
         text_scale = config.guidance_text if guidance_text is None else guidance_text
         if text_scale is None or not has_text:
@@ -213,6 +223,16 @@ class DecoderStage:
             )
         if not 0 <= level <= largest:
             raise UsageError(f"embedding_noise_level is {level}; this decoder takes 0 to {largest}")
+
+    def _null(
+        self, condition: dict[str, Tensor], negative: TextFeatures | None, embedding: Tensor | None, count: int
+    ) -> dict[str, Tensor]:
+        """What guidance moves away from: neither embedding nor caption, or those given to move away from."""
+        yes = torch.ones_like(condition["drop_text"])
+        if negative is None and embedding is None:
+            return {**condition, "drop_embedding": yes, "drop_text": yes}
+        self._check(embedding, negative, count, None, 0)
+        return self._condition(embedding, negative, count)
 
     def _known(self, image: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
         """What is known of the pictures: image (B, 3, S, S) and where (B, 1, S, S); nothing, when nothing is given."""

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import figures_editing
+import figures_probing
 import matplotlib
 import numpy as np
 import torch
@@ -184,6 +186,8 @@ FIGURES: dict[str, Callable[[], Image.Image | None]] = {
     "samplers": samplers,
     "variances": variances,
     "trajectory": trajectory,
+    **figures_editing.FIGURES,
+    **figures_probing.FIGURES,
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unclip.components import decompose
 from unclip.errors import UsageError
 
 
@@ -34,14 +35,11 @@ def measure_codes(embeddings: Tensor, components: int | None, largest_error: flo
     not vary, or fewer of them than the components need.
     """
     data = embeddings.double().cpu()
-    mean = data.mean(0)
-    centred = data - mean
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(data))
-    variances, basis = values.flip(0).clamp_min(0), vectors.T.flip(0)  # rows by falling eigenvalue
+    found = decompose(data)
+    mean, basis, variances = found
     if float(variances.sum()) <= 0:
         raise UsageError(f"the {len(data)} embeddings measured are all alike; a prior needs images that differ")
-    # Below this an eigenvalue is rounding, and its component has no range to cut into buckets.
-    rank = int((variances > variances[0] * 1e-12).sum())
+    rank = found.rank  # what is rounding has no range to cut into buckets
     number = components_for(variances, largest_error) if components is None else components
     if number > rank:
         raise UsageError(
@@ -49,10 +47,7 @@ def measure_codes(embeddings: Tensor, components: int | None, largest_error: flo
             "model.components, or measure more of them with statistics_batches"
         )
     basis = basis[:number]
-    # An eigenvector's sign is arbitrary; fixing it gives every machine the same codes.
-    signs = basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-    basis = basis * signs
-    projected = centred @ basis.T
+    projected = (data - mean) @ basis.T
     return CodeStatistics(*(part.float() for part in (mean, basis, variances, *projected.aminmax(dim=0))))
 
 

@@ -74,23 +74,34 @@ class PriorStage(ABC):
         guidance: float | None = None,
         sampler: str | None = None,
         candidates: int | None = None,
+        negative: TextFeatures | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         """Captions' features (B) and one seed each -> image embeddings (B, E), float32, of the length that
         `embedding_length` names. None means the model's own default.
 
         Of `candidates` samples a caption the one with the largest dot product with the text embedding is kept (unCLIP
-        §2.2). The callback hears (number, total, embeddings so far) after each step.
+        §2.2). `negative` (B): captions to move away from, which take the place of no caption in guidance, and so act
+        where its scale is not 1. The callback hears (number, total, embeddings so far) after each step.
         Raises UnclipError: features that do not fit this prior or the number of seeds. UsageError: options that it
         cannot follow, no candidates.
         """
 
-    def _prepare(self, text: TextFeatures, seeds: Sequence[int], candidates: int | None, scale: float) -> _Draft:
+    def _prepare(
+        self,
+        text: TextFeatures,
+        seeds: Sequence[int],
+        candidates: int | None,
+        scale: float,
+        negative: TextFeatures | None = None,
+    ) -> _Draft:
         number = self.config.candidates if candidates is None else candidates
         if number < 1:
             raise UsageError(f"candidates is {number}; at least one sample a caption must be drawn")
         self._check(text, len(seeds))
-        if scale != 1 and not self.network.has_null:
+        if negative is not None:
+            self._check(negative, len(seeds))
+        if scale != 1 and negative is None and not self.network.has_null:
             raise UnclipError(
                 "guidance needs the CLIP's features of the empty text, which stand for no caption in this prior, and "
                 "they are not stored with it; store them with `store_null`, or take guidance 1"
@@ -98,17 +109,21 @@ class PriorStage(ABC):
         text = text.to(self.device)
         embedding = text_embedding(text, self.config.embedding_length)
         index = torch.arange(len(seeds), device=self.device).repeat_interleave(number)
-        condition = {
-            "text_embedding": embedding[index],
-            "text_tokens": text.tokens[index],
-            "text_mask": text.mask[index],
-            "drop_text": torch.zeros(len(index), dtype=torch.bool, device=self.device),
-        }
         dtype = next(self.network.parameters()).dtype
-        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+
+        def read(features: TextFeatures) -> dict[str, Tensor]:
+            features = features.to(self.device)
+            condition = {
+                "text_embedding": text_embedding(features, self.config.embedding_length)[index],
+                "text_tokens": features.tokens[index],
+                "text_mask": features.mask[index],
+                "drop_text": torch.zeros(len(index), dtype=torch.bool, device=self.device),
+            }
+            return {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+
         # A candidate's noise hangs on its caption's seed and its own number alone, whatever else is in the batch.
         own = [seed * 1_000_003 + candidate for seed in seeds for candidate in range(number)]
-        return _Draft(cast, embedding, own, number)
+        return _Draft(read(text), embedding, own, number, None if negative is None else read(negative))
 
     def _check(self, text: TextFeatures, count: int) -> None:
         tokens = (count, self.config.text_length, self.config.token_dim)
@@ -129,11 +144,22 @@ class PriorStage(ABC):
 class _Draft:
     """What is to be drawn: conditions repeated for every candidate, and a seed each."""
 
-    def __init__(self, condition: dict[str, Tensor], embedding: Tensor, seeds: list[int], candidates: int) -> None:
+    def __init__(
+        self,
+        condition: dict[str, Tensor],
+        embedding: Tensor,
+        seeds: list[int],
+        candidates: int,
+        negative: dict[str, Tensor] | None = None,
+    ) -> None:
         self.condition, self.embedding, self.seeds, self.candidates = condition, embedding, seeds, candidates
+        self.negative = negative
 
     @property
     def null(self) -> dict[str, Tensor]:
+        """What guidance moves away from: no caption, or the negative one."""
+        if self.negative is not None:
+            return self.negative
         return {**self.condition, "drop_text": torch.ones_like(self.condition["drop_text"])}
 
 
@@ -161,11 +187,12 @@ class DiffusionPriorStage(PriorStage):
         guidance: float | None = None,
         sampler: str | None = None,
         candidates: int | None = None,
+        negative: TextFeatures | None = None,
         callback: Callback | None = None,
     ) -> Tensor:
         config = self.config
         scale = config.guidance if guidance is None else guidance
-        draft = self._prepare(text, seeds, candidates, scale)
+        draft = self._prepare(text, seeds, candidates, scale, negative)
         own = None if config.clip_range is None else static_clip(config.clip_range)
         clip = clip_from(config.diffusion.x_start_clip, own)
         denoiser = make_denoiser(self._prepared(), self.process, draft.condition, draft.null, scale, clip)
@@ -212,12 +239,14 @@ class AutoregressivePriorStage(PriorStage):
         guidance: float | None = None,
         sampler: str | None = None,
         candidates: int | None = None,
+        negative: TextFeatures | None = None,
         callback: Callback | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         dot_percentile: float | None = None,
     ) -> Tensor:
         """As PriorStage.sample; `steps` and `sampler` are refused. Guidance mixes logits: l(∅) + s · (l(y) − l(∅)).
+        A negative caption is read with the same token for its dot product as the caption.
 
         The dot product's token is drawn above `dot_percentile` of the measured distribution (unCLIP §2.2, App. C).
         """
@@ -229,7 +258,7 @@ class AutoregressivePriorStage(PriorStage):
             "dot_percentile", config.dot_percentile if dot_percentile is None else dot_percentile, 0, 0.999
         )
         scale = config.guidance if guidance is None else guidance
-        draft = self._prepare(text, seeds, candidates, scale)
+        draft = self._prepare(text, seeds, candidates, scale, negative)
         total = self.network.codes.components.shape[0]
         generators = [torch.Generator().manual_seed(seed) for seed in draft.seeds]
         uniform = torch.stack([torch.rand(total + 1, generator=g, dtype=torch.float64) for g in generators])

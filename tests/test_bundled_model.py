@@ -64,7 +64,7 @@ def test_the_references_are_whole(references: dict[str, np.ndarray]) -> None:
 def test_the_manifest(folder: Path) -> None:
     manifest = read_manifest(folder)
     known = manifest["example_prompts"]
-    assert list(manifest["parts"]) == ["clip", "prior", "decoder", "upsampler_256", "upsampler_1024"]
+    assert list(manifest["parts"]) == ["clip", "prior", "decoder", "upsampler_256", "upsampler_1024", "pca"]
     assert len(known) >= 300 and len(set(known)) == len(known)
     assert "pizza" in known
     assert set(ASKED) <= set(known)

@@ -27,7 +27,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(
     r"(?<![\w./<>-])((?:unclip|prior|decoder|upsamplers|configs|examples|docs|tests|\.ci)/[\w./-]*|train_\w+\.py)"
 )
-_COMMAND = re.compile(r"(?:^|[`\s/])unclip ([a-z]+)((?: [^\n`]*)?)", re.MULTILINE)
+_COMMAND = re.compile(r"(?:^|[`\s/])unclip ([a-z]+(?:-[a-z]+)*)((?: [^\n`]*)?)", re.MULTILINE)
 
 
 def _name(page: Path) -> str:

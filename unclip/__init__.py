@@ -8,13 +8,21 @@ from unclip.errors import UnclipError, UsageError
 
 if TYPE_CHECKING:
     from unclip.clip import FrozenCLIP
+    from unclip.latents import Latents
+    from unclip.manipulation import Prompt
     from unclip.pipeline import UnCLIP
     from unclip.upscaling import Upscaler
 
 __version__ = "0.1.0"
-__all__ = ["FrozenCLIP", "UnCLIP", "UnclipError", "Upscaler", "UsageError", "__version__"]
+__all__ = ["FrozenCLIP", "Latents", "Prompt", "UnCLIP", "UnclipError", "Upscaler", "UsageError", "__version__"]
 
-_LAZY = {"UnCLIP": "unclip.pipeline", "Upscaler": "unclip.upscaling", "FrozenCLIP": "unclip.clip"}
+_LAZY = {
+    "UnCLIP": "unclip.pipeline",
+    "Upscaler": "unclip.upscaling",
+    "FrozenCLIP": "unclip.clip",
+    "Latents": "unclip.latents",
+    "Prompt": "unclip.manipulation",
+}
 
 
 def __getattr__(name: str) -> Any:

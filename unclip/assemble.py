@@ -18,6 +18,7 @@ from unclip.bundle import (
     FORMAT,
     MANIFEST,
     PARTS,
+    PCA,
     load_weights,
     read_manifest,
     read_part_json,
@@ -30,6 +31,7 @@ from unclip.bundle import (
     write_json,
 )
 from unclip.clip import CONFIG_FILE
+from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
 from unclip.parts import apply_adapters
 from unclip.pipeline import UnCLIP
@@ -49,7 +51,7 @@ def assemble(
 ) -> None:
     """Write a bundle to the folder `out`.
 
-    `parts` maps 'clip', 'decoder' and optionally 'prior', 'upsampler_256', 'upsampler_1024' to folders;
+    `parts` maps 'clip', 'decoder' and optionally 'prior', 'upsampler_256', 'upsampler_1024', 'pca' to folders;
     `details` goes into the manifest (name, version, license, example_prompts); `card` becomes README.md;
     weights are stored as `dtype`. Raises UnclipError: `out` exists and `overwrite` is not set, a part is
     missing or damaged, the parts do not fit together.
@@ -64,7 +66,9 @@ def assemble(
                 _copy_clip(parts[part], folder, kind)
             else:
                 _copy_part(parts[part], folder, _KINDS[part], kind)
-        named = {name: name for name in PARTS if name in parts}
+        if PCA in parts:  # stays float32: half precision would bend the axes
+            PrincipalComponents.load(parts[PCA]).save(temporary / PCA)
+        named = {name: name for name in (*PARTS, PCA) if name in parts}
         body = {"example_prompts": [], **(details or {})}
         write_json(temporary / MANIFEST, {"format": FORMAT, "parts": named, **body})
         if card is not None:
@@ -119,9 +123,10 @@ def merge(
 
 def _check(out: Path, parts: Mapping[str, Path], card: Path | None, overwrite: bool) -> None:
     """Whatever can be found wrong before a byte is copied."""
-    unknown = [part for part in parts if part not in PARTS]
+    known = (*PARTS, PCA)
+    unknown = [part for part in parts if part not in known]
     if unknown:
-        raise UsageError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+        raise UsageError(f"unknown part {unknown[0]!r}; known: {', '.join(known)}")
     for part in ("clip", "decoder"):
         if part not in parts:
             raise UsageError(f"a bundle needs a {part}; given: {', '.join(parts) or 'nothing'}")

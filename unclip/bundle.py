@@ -25,6 +25,8 @@ MANIFEST = "unclip.json"
 BUNDLED = "emoji"
 STATISTICS = "analytic.json"
 PARTS = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
+PCA = "pca"
+"""The part with the principal components of the CLIP's image embeddings, which a bundle may have."""
 _MODELS = Path(__file__).parent / "models"
 MAX_SHARD_BYTES = 15 * 2**20  # hosts that refuse files above 16 MiB still take every shard
 
@@ -70,6 +72,27 @@ def read_part_json(folder: Path, kind: str) -> dict[str, Any]:
     if body.get("kind") != kind:
         raise UnclipError(f"{folder} holds a {body.get('kind')!r}, expected a {kind!r}")
     return body
+
+
+def check_part_free(folder: Path, kind: str, overwrite: bool) -> None:
+    """UnclipError when a part cannot take this place: it exists and `overwrite` is not set, or holds something else."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise UnclipError(f"{folder} exists and is not a folder; name another")
+    if any(folder.iterdir()):
+        read_part_json(folder, kind)  # nothing but a part of this kind is ever replaced
+        if not overwrite:
+            raise UnclipError(f"{folder} exists; pass --overwrite to replace it, or name another folder")
+
+
+def name_part(folder: Path, part: str, name: str) -> None:
+    """Enter a part into the manifest of the bundle `folder`. UnclipError: it cannot be written."""
+    manifest = read_manifest(folder)
+    try:
+        write_json(folder / MANIFEST, {**manifest, "parts": {**manifest["parts"], part: name}})
+    except OSError as error:
+        raise UnclipError(f"cannot write {folder / MANIFEST}: {error.strerror or error}") from error
 
 
 def save_statistics(folder: Path, statistics: EpsilonStatistics) -> None:

@@ -131,6 +131,12 @@ class FrozenCLIP(nn.Module):
     def device(self) -> torch.device:
         return self.mean.device
 
+    @property
+    def logit_scale(self) -> float:
+        """What the CLIP multiplies cosines by before a softmax: its inverse temperature (Radford et al. 2021)."""
+        learned: Any = self.model.logit_scale
+        return float(learned.detach().float().exp())
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextFeatures:
         """Captions -> token features (the final LayerNorm's output), mask and unit-length embedding, float32.

@@ -75,18 +75,20 @@ def to_bytes(memory_limit: float | None) -> int | None:
     return int(memory_limit * 2**20)
 
 
-def check_prompts(prompts: str | Sequence[str]) -> list[str]:
-    """One prompt or several as a list. UsageError: none, one that is empty or no text."""
+def check_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
+    """One prompt or several as a list; `name` is what messages call one. UsageError: none, one that is empty or no
+    text.
+    """
     several = [prompts] if isinstance(prompts, str) else list(prompts)
     if not several:
-        raise UsageError("no prompt given")
+        raise UsageError(f"no {name} given")
     for number, prompt in enumerate(several):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UsageError(f"prompt {number + 1} is empty; say what the picture shows, such as 'pizza'")
+            raise UsageError(f"{name} {number + 1} is empty; say what the picture shows, such as 'pizza'")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UsageError(f"prompt {number + 1} ({prompt!a}) is not valid UTF-8 text") from error
+            raise UsageError(f"{name} {number + 1} ({prompt!a}) is not valid UTF-8 text") from error
     return several
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from unclip.adapters import merge_adapter, parse_adapter, read_adapter, sizes_fit
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_config, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP
+from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import resolve_device
 
@@ -26,6 +27,7 @@ def check_fit(
     decoder: DecoderStage,
     prior: PriorStage | None = None,
     upsamplers: Sequence[UpsamplerStage] = (),
+    components: PrincipalComponents | None = None,
 ) -> None:
     """UnclipError unless all parts take the CLIP's widths and lengths, and the upsamplers form one chain of
     sizes.
@@ -51,6 +53,17 @@ def check_fit(
             if own != taken:
                 has = "has" if what == "vocabulary" else "have"
                 problems.append(f"the CLIP's {what} {has} {own} {unit}, the {name} takes {taken}")
+    if components is not None:
+        measured = components.config
+        if measured.embedding_dim != clip.embedding_dim:
+            problems.append(
+                f"the CLIP's embeddings have {clip.embedding_dim} dimensions, the PCA {measured.embedding_dim}"
+            )
+        if measured.embedding_length != decoder.config.embedding_length:
+            problems.append(
+                f"the PCA is of embeddings of {measured.embedding_length} length, the decoder takes "
+                f"{decoder.config.embedding_length} ones"
+            )
     reached = decoder.config.unet.image_size
     for stage in upsamplers:
         if stage.config.low_size != reached:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
-from unclip.clip import FrozenCLIP, TextFeatures
-from unclip.diffusion import get_sampler, timesteps_from
+from unclip.bundle import BUNDLED, MANIFEST, PARTS, PCA, read_manifest, resolve_model
+from unclip.clip import FrozenCLIP
+from unclip.components import PrincipalComponents
+from unclip.editing import Editing
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import (
     SampleOptions,
@@ -24,19 +22,25 @@ from unclip.inputs import (
     check_seeds,
     check_size,
     resolve_device,
-    to_bytes,
 )
+from unclip.latents import Latents
+from unclip.manipulation import Manipulation
+from unclip.mixing import Mixing
 from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels
+from unclip.probing import Probing
+from unclip.reranking import Reranking
+from unclip.stages import Stages, negative_prompts
 from unclip.upscaling import Progress, Timings, Upscaling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from decoder import CaptionEncoder, DecoderStage
+    from decoder import DecoderStage
     from prior import PriorStage
     from upsamplers import UpsamplerStage
 
-class UnCLIP(Upscaling):
+
+class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscaling):
     """A whole unCLIP system. `UnCLIP.from_pretrained()` loads the model that comes with the package.
 
     >>> from unclip import UnCLIP
@@ -57,13 +61,15 @@ class UnCLIP(Upscaling):
         manifest: dict[str, Any] | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        components: PrincipalComponents | None = None,
     ) -> None:
+        self.components = components
         self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
         self.manifest = manifest or {}
         self.device, self.dtype = torch.device(device), dtype
         self.timings = Timings()
-        self._captions: CaptionEncoder | None = None  # may be large, and is for prompts alone
-        check_fit(clip, decoder, prior, self.upsamplers)
+        self._captions = None
+        check_fit(clip, decoder, prior, self.upsamplers, components)
 
     # ---- loading ---------------------------------------------------------------------------------------
 
@@ -111,32 +117,10 @@ class UnCLIP(Upscaling):
                 reached *= stage.config.factor
         own: dict[str, list[Any]] = {"prior": [prior] if prior else [], "decoder": [decoder], "upsampler": upsamplers}
         apply_adapters(adapters, own, all_there=size is None)
-        return cls(clip, decoder, prior, upsamplers, manifest, place, dtype)
-
-    @property
-    def name(self) -> str:
-        """What the manifest calls this model."""
-        return str(self.manifest.get("name") or "unnamed")
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Edges of the pictures this model can make, in pixels."""
-        sizes = [self.decoder.config.unet.image_size]
-        for stage in self.upsamplers:
-            sizes.append(sizes[-1] * stage.config.factor)
-        return tuple(sizes)
+        components = PrincipalComponents.load(folder / parts[PCA]) if PCA in parts else None
+        return cls(clip, decoder, prior, upsamplers, manifest, place, dtype, components)
 
     # ---- embeddings ------------------------------------------------------------------------------------
-
-    def embed_text(self, prompts: str | Sequence[str]) -> TextFeatures:
-        """CLIP's features of prompts: token features, mask, and embeddings (B, E) of unit length."""
-        return self.clip.encode_text(check_prompts(prompts))
-
-    def embed_image(self, images: Any) -> Tensor:
-        """CLIP image embeddings (B, E) of unit length for a PIL image, a path, a tensor (B, 3, H, W) in [-1,
-        1], or a list of images and paths.
-        """
-        return self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device))
 
     def predict_embedding(
         self,
@@ -159,6 +143,8 @@ class UnCLIP(Upscaling):
         *,
         num_images: int = ...,
         seed: int | Sequence[int] = ...,
+        negative_prompt: str | Sequence[str] | None = ...,
+        negative_embedding: bool = ...,
         output: Literal["pil"] = ...,
         progress: Progress | None = ...,
         **options: Any,
@@ -170,6 +156,8 @@ class UnCLIP(Upscaling):
         *,
         num_images: int = ...,
         seed: int | Sequence[int] = ...,
+        negative_prompt: str | Sequence[str] | None = ...,
+        negative_embedding: bool = ...,
         output: Literal["tensor"],
         progress: Progress | None = ...,
         **options: Any,
@@ -180,6 +168,8 @@ class UnCLIP(Upscaling):
         *,
         num_images: int = 1,
         seed: int | Sequence[int] = 0,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_embedding: bool = False,
         output: Literal["pil", "tensor"] = "pil",
         progress: Progress | None = None,
         **options: Any,
@@ -189,7 +179,12 @@ class UnCLIP(Upscaling):
         Image i of a prompt is drawn with seed + i, so the same seed gives the same picture whatever else is
         in the batch; `seed` may also be a sequence with one seed a prompt. `options` are the fields of
         SampleOptions (size, guidance, decoder_steps, …). Returns PIL images, or with output="tensor" a tensor
-        (B, 3, S, S) in [-1, 1]. Raises UsageError for an empty prompt or an impossible size.
+        (B, 3, S, S) in [-1, 1].
+
+        negative_prompt, one for all or one a prompt: guidance of the prior and the decoder moves away from it instead
+        of from no caption. Where the scale is 1 it does nothing. negative_embedding: the decoder also moves away from
+        the prior's embedding of it.
+        Raises UsageError: an empty prompt, an impossible size, a negative prompt where no guidance is above 1.
         """
         check_count(num_images)
         chosen = self._options(options)
@@ -197,11 +192,10 @@ class UnCLIP(Upscaling):
         texts = [prompt for prompt in several for _ in range(num_images)]
         seeds = [first + i for first in check_seeds(seed, len(several)) for i in range(num_images)]
         check_seeds(seeds, len(texts))
+        negative = negative_prompts(negative_prompt, len(several), num_images)
         self.timings = Timings()
-        text = self._timed("clip", lambda: self.embed_text(texts))
-        caption = self._caption(texts, text)
-        embedding = self._prior(text, seeds, chosen, progress)
-        return self._finish(self._render(embedding, caption, seeds, chosen, progress), output)
+        images, _ = self._draw(texts, seeds, chosen, progress, negative, negative_embedding)
+        return self._finish(images, output)
 
     @overload
     def variations(
@@ -235,9 +229,17 @@ class UnCLIP(Upscaling):
         progress: Progress | None = None,
         **options: Any,
     ) -> list[Image] | Tensor:
-        """Pictures that share an image's CLIP embedding (unCLIP §3.1), from fresh noise."""
+        """Pictures that share an image's CLIP embedding (unCLIP §3.1), from fresh noise.
+
+        With `Latents` of one picture in place of the image they start from its own x_T; the option eta then says how
+        much noise is drawn on the way, 0 (the picture itself) to 1 (x_T forgotten; default).
+        """
         check_count(num_images)
         chosen = self._options(options)
+        if isinstance(image, Latents):
+            self.timings = Timings()
+            eta = 1.0 if chosen.eta is None else chosen.eta
+            return self._finish(self._varied(image, num_images, seed, eta, chosen, progress), output)
         seeds = check_seeds([seed + i for i in range(num_images)], num_images)
         self.timings = Timings()
         pixels = image_pixels(image, self.clip.image_size, self.device)
@@ -287,107 +289,3 @@ class UnCLIP(Upscaling):
         embedding = check_embeddings(embeddings, self.clip.embedding_dim, unit_length=unit)
         images = self._render(embedding, None, check_seeds(seed, len(embedding)), chosen, progress)
         return self._finish(images, output)
-
-    # ---- inside ----------------------------------------------------------------------------------------
-
-    def check_size(self, size: int | None) -> int:
-        """The size to make; UsageError when the model cannot make it."""
-        return self.sizes[-1] if size is None else check_size(size, self.sizes)
-
-    def _options(self, given: dict[str, Any]) -> SampleOptions:
-        """Options that this model can follow, found out before any stage runs."""
-        known = SampleOptions.__dataclass_fields__
-        for name in given:
-            if name not in known:
-                raise UsageError(f"unknown option {name!r}; known: {', '.join(known)}")
-        options = SampleOptions(**given)
-        self.check_size(options.size)
-        if options.sampler is not None:
-            get_sampler(options.sampler)
-        if options.prior_steps is not None and self.prior is not None:
-            self.prior.check_options(steps=options.prior_steps)
-        if options.decoder_steps is not None:
-            timesteps_from(options.decoder_steps, self.decoder.process.timesteps)
-        self.decoder.check_noise_level(options.embedding_noise_level or 0)
-        for stage in self.upsamplers:
-            stage.timesteps(options.upsampler_steps)
-        return options
-
-    def _caption(self, texts: Sequence[str], text: TextFeatures) -> TextFeatures:
-        """What the decoder takes of captions whose CLIP features are `text`."""
-        if self.decoder.config.text.kind == "clip":
-            return text
-        if self._captions is None:
-            from decoder import CaptionEncoder
-
-            self._captions = CaptionEncoder(self.decoder.config, self.clip)
-        encoder = self._captions
-        return self._timed("text", lambda: encoder.encode_text(texts, text))  # type: ignore[no-any-return]
-
-    def _prior(
-        self, text: TextFeatures, seeds: list[int], options: SampleOptions, progress: Progress | None
-    ) -> Tensor:
-        if self.prior is None:
-            raise UnclipError(
-                "this model has no prior, so it cannot start from a prompt; use variations or decode"
-            )
-        stage = self.prior
-        return self._timed(
-            "prior",
-            lambda: stage.sample(
-                text,
-                seeds,
-                steps=options.prior_steps,
-                guidance=options.prior_guidance,
-                callback=_heard("prior", progress),
-            ),
-        )
-
-    def _render(
-        self,
-        embedding: Tensor,
-        text: TextFeatures | None,
-        seeds: list[int],
-        options: SampleOptions,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Embeddings (B, E) -> images (B, 3, S, S) in [-1, 1] at the wanted size."""
-        size = self.check_size(options.size)
-        images = self._timed(
-            "decoder",
-            lambda: self.decoder.sample(
-                embedding, seeds, text=text, callback=_heard("decoder", progress), **options.of_decoder()
-            ),
-        )
-        for stage in self.upsamplers:
-            if images.shape[-1] >= size:
-                break
-            name = f"upsampler_{stage.config.high_size}"
-            heard = _heard(name, progress)
-            limit = to_bytes(options.memory_limit)
-            draw = partial(stage.sample, images, seeds, options.upsampler_steps, heard, memory_limit=limit)
-            images = self._timed(name, draw)
-        return images
-
-    def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run one stage. Networks other than CLIP run in `dtype`; parameters and the samplers' state stay
-        float32.
-        """
-        start = time.perf_counter()
-        lower = self.dtype != torch.float32 and name != "clip"
-        with torch.autocast(self.device.type, self.dtype) if lower else nullcontext():
-            result = work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.timings.seconds[name] = time.perf_counter() - start
-        return result
-
-    @staticmethod
-    def _finish(images: Tensor, output: str) -> Any:
-        from unclip.data import to_pil
-
-        return images if output == "tensor" else [to_pil(image) for image in images.cpu()]
-
-
-def _heard(stage: str, progress: Progress | None) -> Any:
-    return None if progress is None else lambda number, total, _x: progress(stage, number, total)

@@ -33,7 +33,7 @@ class Timings:
 
 
 class Upscaling:
-    """The method `upscale` of whatever has upsamplers."""
+    """The methods `upscale` and `restore` of whatever has upsamplers."""
 
     upsamplers: list[UpsamplerStage]
     device: torch.device
@@ -93,7 +93,7 @@ class Upscaling:
             if name not in known:
                 raise UsageError(f"unknown option {name!r}; known: {', '.join(known)}")
         limit = options.pop("memory_limit", None)
-        pictures = _pictures(images)
+        pictures = pictures_from(images)
         seeds = check_seeds(seed, len(pictures))
         self.timings = Timings()
         results = []
@@ -104,6 +104,55 @@ class Upscaling:
                     self.upsamplers, picture, one, size=size, memory_limit=to_bytes(limit), progress=heard, **options
                 )
             results.append(result.cpu())
+        return results if output == "tensor" else [to_pil(result) for result in results]
+
+
+    def restore(
+        self,
+        images: Any,
+        *,
+        seed: int | Sequence[int] = 0,
+        output: Literal["pil", "tensor"] = "pil",
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> list[Image] | list[Tensor]:
+        """Pictures drawn anew by the upsamplers at their own size: rid of what they were trained to undo, which
+        in the paper's system and the bundled model is blur, noise and JPEG's blocks.
+
+        A picture is reduced to the input of the highest stage that it more than fills, drawn from there, and brought
+        back to its size. `options` and the result are those of `upscale`. Raises UsageError, besides: a picture whose
+        longer edge is beyond the upsamplers' largest, or no longer than the smallest's input, or than `start`.
+        """
+        from unclip.data.images import to_pil
+        from upsamplers.upscale import check_reach
+
+        sizes = [stage.config.high_size for stage in self.upsamplers]
+        largest = check_reach(sizes, None)
+        start = options.pop("start", None)
+        pictures = pictures_from(images)
+        seeds = check_seeds(seed, len(pictures))
+        results, spent = [], Timings()
+        for picture, one in zip(pictures, seeds, strict=True):
+            longer = max(picture.shape[-2:]) if isinstance(picture, Tensor) else max(picture.size)
+            inputs = [stage.config.low_size for stage in self.upsamplers if stage.config.low_size < longer]
+            if longer > largest or not inputs:
+                raise UsageError(
+                    f"a picture of {longer} pixels cannot be restored at its size by these upsamplers; expected a "
+                    f"longer edge of {self.upsamplers[0].config.low_size + 1} to {largest} pixels (upscale takes any)"
+                )
+            if start is not None and start >= longer:
+                raise UsageError(
+                    f"start {start} is no reduction of a picture of {longer} pixels; expected an edge below that"
+                )
+            size = next(s for s in sizes if s >= longer)
+            first = inputs[-1] if start is None else start
+            drawn = self.upscale(
+                picture, size=size, start=first, seed=one, output="tensor", progress=progress, **options
+            )[0]
+            for name, seconds in self.timings.seconds.items():
+                spent.seconds[name] = spent.seconds.get(name, 0.0) + seconds
+            results.append(_fit(drawn, picture))
+        self.timings = spent
         return results if output == "tensor" else [to_pil(result) for result in results]
 
 
@@ -167,7 +216,15 @@ def _clocked(seconds: dict[str, float], progress: Progress | None) -> Progress:
     return hear
 
 
-def _pictures(images: Any) -> list[Any]:
+def _fit(drawn: Tensor, picture: Any) -> Tensor:
+    """`drawn` (3, H, W) at the picture's size."""
+    size = tuple(picture.shape[-2:]) if isinstance(picture, Tensor) else (picture.height, picture.width)
+    if tuple(drawn.shape[-2:]) == size:
+        return drawn
+    return torch.nn.functional.interpolate(drawn[None], size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+
+
+def pictures_from(images: Any) -> list[Any]:
     """RGB pictures or tensors (3, H, W), from one or several of them or paths."""
     from unclip.data.images import load_image, to_rgb
 

@@ -44,4 +44,5 @@ unclip bundle --overwrite --out "$OUT" --name emoji --license Apache-2.0 --clip 
     --prior "$RUNS/prior/model" --decoder "$RUNS/decoder_last/model" \
     --upsampler-256 "$RUNS/upsampler_256/model" --upsampler-1024 "$RUNS/upsampler_1024/model" \
     --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md
+unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_256" --samples 1550
 python examples/emoji/evaluate.py --data "$DATA/emoji_256" --model "$OUT" --names 0 --sheet "$RUNS/sheet.png"

@@ -6,14 +6,17 @@ from typing import Annotated
 
 import typer
 
-from unclip.cli import draw, inspect
+from unclip.cli import draw, edit, film, inspect, manipulate, probe
 from unclip.cli.embed import embed
+from unclip.cli.fit_pca import fit_pca
 from unclip.cli.merge import merge
+from unclip.cli.mix import mix
 from unclip.cli.plan import params, plan
 from unclip.cli.plot import plot
 from unclip.cli.runs import runs
+from unclip.cli.several import several
 from unclip.cli.statistics import statistics
-from unclip.cli.upscale import upscale
+from unclip.cli.upscale import restore, upscale
 
 app = typer.Typer(
     name="unclip",
@@ -51,9 +54,15 @@ def unclip(
 
 for command in (
     draw.sample,
-    draw.variations,
+    manipulate.reconstruct,
+    film.interpolate,
+    film.textdiff,
     draw.decode,
     upscale,
+    edit.inpaint,
+    edit.outpaint,
+    edit.edit,
+    restore,
     embed,
     inspect.bundle,
     merge,
@@ -65,3 +74,11 @@ for command in (
     plot,
 ):
     app.command()(command)
+
+app.command(cls=several(numbers=("--eta-sheet",)))(manipulate.variations)
+app.command()(fit_pca)
+app.command(cls=several(texts=("--mix",)))(mix)
+app.command(cls=several(numbers=("--dims",)))(probe.pca)
+app.command(cls=several(texts=("--texts", "--labels")))(probe.typographic)
+app.command()(probe.compare_conditioning)
+app.command(cls=several(numbers=("--scales", "--prior-scales")))(probe.guidance_sheet)

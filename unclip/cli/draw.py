@@ -1,4 +1,4 @@
-"""The commands that draw pictures: sample, variations, decode."""
+"""The commands that draw pictures: sample, decode."""
 
 from __future__ import annotations
 
@@ -80,6 +80,10 @@ def sample(
     model: opt.Model = "emoji",
     adapter: opt.Adapter = None,
     out: opt.Out = None,
+    negative_prompt: opt.NegativePrompt = None,
+    negative_embedding: opt.NegativeEmbedding = False,
+    rerank: opt.Rerank = None,
+    keep: opt.Keep = None,
     guidance: opt.Guidance = None,
     guidance_text: opt.GuidanceText = None,
     prior_guidance: opt.PriorGuidance = None,
@@ -104,8 +108,12 @@ def sample(
     if not prompts:
         raise UsageError("no prompt given; pass --prompt 'pizza' or --prompts-file FILE")
     _check_prompts(prompts)
+    kept = opt.kept_of(rerank, keep, num_images)
+    away = opt.given(negative_prompt=negative_prompt, negative_embedding=negative_embedding or None)
+    if negative_embedding and negative_prompt is None:
+        raise UsageError("--negative-embedding is of a negative prompt, and none is given; add --negative-prompt")
     jobs = [Job(text, seed + i, prompt=text) for text in prompts for i in range(num_images)]
-    writer = PictureWriter(out, len(jobs), overwrite)
+    writer = PictureWriter(out, len(prompts) * kept if kept else len(jobs), overwrite)
     sampling = opt.given(
         size=size,
         guidance=guidance,
@@ -116,58 +124,19 @@ def sample(
         upsampler_steps=upsampler_steps,
         memory_limit=memory_limit,
     )
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling, adapter)
+    shown = {**sampling, **away}
+    drawn = kept or num_images
+    setting = Setting(model, size, device, dtype, batch_size, drawn, grid, json_lines, quiet, shown, adapter)
     system = setting.load()
+    if kept:
+        produce_best(prompts, num_images, kept, seed, {**sampling, **away}, system, setting, writer)
+        return
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
         texts = [job.prompt or "" for job in batch]
-        return system.sample(texts, seed=[job.seed for job in batch], progress=bars, **sampling)
+        return system.sample(texts, seed=[job.seed for job in batch], progress=bars, **sampling, **away)
 
-    _produce(jobs, draw, system, setting, writer)
-
-
-def variations(
-    image: Annotated[Path, typer.Argument(help="The picture to vary.")],
-    num_images: opt.NumImages = 1,
-    seed: opt.Seed = 0,
-    size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = _BATCH,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
-) -> None:
-    """Draw pictures that share an image's CLIP embedding (unCLIP, section 3.1)."""
-    from unclip.data.images import load_image
-
-    picture = load_image(image)
-    jobs = [Job(f"{image.stem} variation", seed + i, extra={"image": str(image)}) for i in range(num_images)]
-    writer = PictureWriter(out, len(jobs), overwrite)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling, adapter)
-    system = setting.load()
-
-    def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
-        return system.variations(
-            picture, num_images=len(batch), seed=batch[0].seed, progress=bars, **sampling
-        )
-
-    _produce(jobs, draw, system, setting, writer)
+    produce(jobs, draw, system, setting, writer)
 
 
 def decode(
@@ -217,10 +186,10 @@ def decode(
         chosen = rows[[job.extra["row"] for job in batch]]
         return system.decode(chosen, seed=[job.seed for job in batch], progress=bars, **sampling)
 
-    _produce(jobs, draw, system, setting, writer)
+    produce(jobs, draw, system, setting, writer)
 
 
-def _produce(
+def produce(
     jobs: Sequence[Job], draw: Draw, system: UnCLIP, setting: Setting, writer: PictureWriter
 ) -> None:
     """Draw the jobs batch by batch, write each picture and tell of it on stdout."""
@@ -239,6 +208,43 @@ def _produce(
                 _tell(_record(job, image, path, system.name, seconds) if setting.json_lines else str(path))
             if setting.grid:
                 small += [thumbnail(image) for image in images]
+    _write_grid(small, setting, writer)
+
+
+def produce_best(
+    prompts: Sequence[str],
+    drawn: int,
+    kept: int,
+    seed: int,
+    options: dict[str, Any],
+    system: UnCLIP,
+    setting: Setting,
+    writer: PictureWriter,
+) -> None:
+    """Draw many pictures of each prompt, and write the best by CLIP, each with its score and its place."""
+    small: list[Image] = []
+    with Bars(setting.quiet) as bars:
+        for number, text in enumerate(prompts):
+            bars.batch(number + 1, len(prompts))
+            best = system.sample_best(
+                text, num_images=drawn, keep=kept, seed=seed, batch_size=setting.batch_size, progress=bars, **options
+            )
+            bars.close()
+            seconds = {stage: round(s / kept, 4) for stage, s in system.timings.seconds.items()}
+            for one in best:
+                place = {"rank": one.rank, "clip_score": round(one.score, 6), "drawn": drawn}
+                job = Job(f"{text} best {one.rank}", one.seed, prompt=text, extra=place)
+                metadata = _metadata(job, one.image, system.name, setting)
+                metadata |= {key: str(value) for key, value in place.items()}
+                path = writer.save(one.image, job.label, job.seed, metadata)
+                _tell(_record(job, one.image, path, system.name, seconds) if setting.json_lines else str(path))
+                if setting.grid:
+                    small.append(thumbnail(one.image))
+    _write_grid(small, setting, writer)
+
+
+def _write_grid(small: list[Image], setting: Setting, writer: PictureWriter) -> None:
+    """All pictures as one, where asked for."""
     if setting.grid:
         path = writer.save_grid(small, grid_columns(len(small), setting.num_images))
         print(path, file=sys.stderr if setting.json_lines else sys.stdout)

@@ -23,6 +23,9 @@ def bundle(
     upsampler_1024: Annotated[
         Path | None, typer.Option("--upsampler-1024", help="The upsampler 256 to 1024.")
     ] = None,
+    pca: Annotated[
+        Path | None, typer.Option(help="The CLIP's principal components, from `unclip fit-pca --out`.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name (default: the folder's).")] = None,
     model_version: Annotated[str | None, typer.Option(help="The model's version.")] = None,
     license_name: Annotated[
@@ -49,6 +52,7 @@ def bundle(
         "decoder": decoder,
         "upsampler_256": upsampler_256,
         "upsampler_1024": upsampler_1024,
+        "pca": pca,
     }
     details: dict[str, Any] = {
         "name": name or out.absolute().name,

@@ -21,6 +21,12 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Reranker(str, Enum):
+    """What chooses the best of many pictures."""
+
+    clip = "clip"
+
+
 def pixels(text: str) -> int:
     if not text.isascii() or not text.isdigit():
         raise typer.BadParameter(f"{text!r} is no edge in pixels; the bundled model makes 64, 256 and 1024")
@@ -80,6 +86,33 @@ PriorGuidance = Annotated[
     float | None,
     typer.Option(min=0, help="The prior's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
 ]
+NegativePrompt = Annotated[
+    str | None,
+    typer.Option(
+        help="What guidance moves away from; needs a guidance scale above 1, of prior or decoder.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+NegativeEmbedding = Annotated[
+    bool,
+    typer.Option(
+        "--negative-embedding",
+        help="The decoder moves away from the negative prompt's image embedding too.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Rerank = Annotated[
+    Reranker | None,
+    typer.Option(
+        metavar="clip",
+        help="Keep the pictures of each prompt that CLIP finds closest to it, best first.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Keep = Annotated[
+    int | None,
+    typer.Option(min=1, help="With --rerank: how many of each are kept (default: 1).", rich_help_panel=_SAMPLING),
+]
 PriorSteps = Annotated[
     Any,
     typer.Option(
@@ -128,6 +161,18 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn together; ch
 def given(**options: Any) -> dict[str, Any]:
     """The options that are not None: what is not given is the model's own default."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def kept_of(rerank: Reranker | None, keep: int | None, drawn: int) -> int | None:
+    """Pictures of each prompt that reranking keeps; None without it. UsageError: --keep alone, or more than drawn."""
+    if rerank is None:
+        if keep is not None:
+            raise UsageError(f"--keep {keep} chooses the best of several pictures; add --rerank clip")
+        return None
+    kept = 1 if keep is None else keep
+    if kept > drawn:
+        raise UsageError(f"--keep {kept} is more than the {drawn} pictures drawn of each prompt; raise --num-images")
+    return kept
 
 
 def read_prompts(file: Path) -> list[str]:

@@ -1,8 +1,10 @@
-"""The command upscale."""
+"""The commands of the upsamplers alone: upscale, restore."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,22 +67,62 @@ def upscale(
     A picture is first reduced to the input of the highest stage that it fills (256 px for 256 to 1024), its longer
     edge counting, and drawn anew from there. The bundled model has seen emoji only: photos need a model of your own.
     """
+    options = opt.given(start=start, steps=steps, noise_level=noise_level, memory_limit=memory_limit)
+    _run("upscale", images, out, seed, options, (model, device, dtype, size), (json_lines, overwrite, quiet))
+
+
+def restore(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="The pictures, in any aspect ratio.")],
+    model: opt.Model = "emoji",
+    out: opt.Out = None,
+    seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0,
+    start: Start = None,
+    steps: Steps = None,
+    noise_level: NoiseLevel = None,
+    memory_limit: opt.MemoryLimit = None,
+    device: opt.Device = "auto",
+    dtype: opt.Precision = opt.Dtype.float32,
+    json_lines: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Draw pictures anew at their own size with a model's upsamplers, rid of JPEG's blocks, noise and blur.
+
+    A picture is reduced to the input of the highest stage below its size and drawn from there. What goes away is what
+    the upsamplers were trained to undo. The bundled model has seen emoji only: photos need a model of your own.
+    """
+    options = opt.given(start=start, steps=steps, noise_level=noise_level, memory_limit=memory_limit)
+    _run("restore", images, out, seed, options, (model, device, dtype, None), (json_lines, overwrite, quiet))
+
+
+def _run(
+    command: str,
+    images: list[Path],
+    out: Path | None,
+    seed: int,
+    options: dict[str, Any],
+    place: tuple[str, str, opt.Dtype, int | None],
+    told: tuple[bool, bool, bool],
+) -> None:
+    """Load the upsamplers, and write what the method called `command` makes of each picture."""
     import torch
 
     from unclip.data.images import load_image
     from unclip.upscaling import Upscaler
 
+    (model, device, dtype, size), (json_lines, overwrite, quiet) = place, told
     pictures = [load_image(image) for image in images]
     writer = PictureWriter(out, len(pictures), overwrite)
     system = Upscaler.from_pretrained(model, device=device, dtype=getattr(torch, dtype.value), size=size)
-    options = opt.given(start=start, steps=steps, noise_level=noise_level, memory_limit=memory_limit)
+    method: Callable[..., list[Any]] = system.restore if command == "restore" else partial(system.upscale, size=size)
     with Bars(quiet) as bars:
         for number, (source, picture) in enumerate(zip(images, pictures, strict=True)):
             bars.batch(number + 1, len(pictures))
-            result = system.upscale(picture, size=size, seed=seed, progress=bars, **options)[0]
+            result = method(picture, seed=seed, progress=bars, **options)[0]
             bars.close()
-            text = _metadata(system.name, seed, result.size, dtype, options)
-            path = writer.save(result, f"{source.stem} {max(result.size)}", seed, text)
+            text = _metadata(command, system.name, seed, result.size, dtype, options)
+            label = "restored" if command == "restore" else max(result.size)
+            path = writer.save(result, f"{source.stem} {label}", seed, text)
             seconds = {stage: round(s, 4) for stage, s in system.timings.seconds.items()}
             body = {
                 "path": str(path),
@@ -95,13 +137,13 @@ def upscale(
 
 
 def _metadata(
-    name: str, seed: int, size: tuple[int, int], dtype: opt.Dtype, options: dict[str, Any]
+    command: str, name: str, seed: int, size: tuple[int, int], dtype: opt.Dtype, options: dict[str, Any]
 ) -> dict[str, str]:
     """What the PNG itself says about how it came to be; no paths, since pictures travel."""
     from unclip import __version__
 
     text = {
-        "command": "upscale",
+        "command": command,
         "seed": str(seed),
         "model": name,
         "size": f"{size[0]}x{size[1]}",

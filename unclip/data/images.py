@@ -42,6 +42,16 @@ def decode_image(
     called with width and height before anything is decoded, and may raise.
     Raises ImageError: no such file, not an image, truncated, more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    return to_rgb(decode_raw(source, name, min_edge, check))
+
+
+def decode_raw(
+    source: bytes | str | Path,
+    name: str | None = None,
+    min_edge: int | None = None,
+    check: Callable[[int, int], None] | None = None,
+) -> Image.Image:
+    """`decode_image` without the way to RGB: the picture in the mode and with the alpha channel that it has."""
     file: io.BytesIO | Path
     if isinstance(source, bytes):
         label, file = name or "the image", io.BytesIO(source)
@@ -59,7 +69,7 @@ def decode_image(
             if min_edge is not None and image.format in ("JPEG", "MPO"):
                 image.draft(None, (min_edge, min_edge))
             image.load()
-            return to_rgb(_upright(image))
+            return _upright(image)
     except (ImageError, Unwanted):
         raise
     except Image.UnidentifiedImageError as error:

@@ -3,13 +3,14 @@
 `sampler(denoiser, x, steps, noise, *, eta=…, callback=…) -> x_0`, where `x` is x_T (B, …), `steps` comes from
 `GaussianDiffusion.steps(timesteps)` and `noise(x)` draws standard normal noise of x's shape. The callback hears
 `(number, total, x̂_0)` after each step. `ddim_inversion` goes the other way, from x_0 to x_T, and is no member of
-SAMPLERS.
+SAMPLERS; nor are `sdedit` and `repaint`, which make a sampler for a given picture.
 """
 
 from __future__ import annotations
 
 from unclip.diffusion.samplers.ancestral import analytic, ddpm
 from unclip.diffusion.samplers.common import Callback, Noise, Sampler, SeededNoise
+from unclip.diffusion.samplers.editing import repaint, sdedit, sdedit_timesteps
 from unclip.diffusion.samplers.implicit import ddim, ddim_inversion
 from unclip.diffusion.samplers.multistep import dpmpp_2m, unipc
 from unclip.diffusion.samplers.pseudo import plms, pndm
@@ -29,6 +30,9 @@ __all__ = [
     "get_sampler",
     "plms",
     "pndm",
+    "repaint",
+    "sdedit",
+    "sdedit_timesteps",
     "unipc",
 ]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from unclip.diffusion.guidance import Denoiser
-from unclip.diffusion.process import Step
+from unclip.diffusion.process import Prediction, Step
 from unclip.diffusion.samplers.common import Callback, Noise, refuse_noise, tell, timestep, transfer
 
 
@@ -24,13 +24,17 @@ def ddim(
     """DDIM (Song et al. 2021, eq. 12): x_{t−1} = sqrt(ᾱ_{t−1}) x̂_0 + sqrt(1−ᾱ_{t−1}−σ²) ε̂ + σ z, σ² = η² β̃_t."""
     for number, step in enumerate(steps):
         prediction = denoiser(x, timestep(step.t, x))
-        variance = eta**2 * step.posterior_variance
-        direction = math.sqrt(max(1 - step.alpha_bar_prev - variance, 0.0))
-        x = math.sqrt(step.alpha_bar_prev) * prediction.x_start + direction * prediction.epsilon
-        if eta > 0 and number < len(steps) - 1:
-            x = x + math.sqrt(variance) * noise(x)
+        x = ddim_step(prediction, step, eta, noise(x) if eta > 0 and number < len(steps) - 1 else None)
         tell(callback, number, steps, prediction.x_start)
     return x
+
+
+def ddim_step(prediction: Prediction, step: Step, eta: float, noise: Tensor | None) -> Tensor:
+    """x_{t−1} from what the denoiser says of x_t; `noise` None leaves the last term of eq. 12 out."""
+    variance = eta**2 * step.posterior_variance
+    direction = math.sqrt(max(1 - step.alpha_bar_prev - variance, 0.0))
+    x = math.sqrt(step.alpha_bar_prev) * prediction.x_start + direction * prediction.epsilon
+    return x if noise is None else x + math.sqrt(variance) * noise
 
 
 def ddim_inversion(

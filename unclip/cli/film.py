@@ -1,0 +1,213 @@
+"""`unclip interpolate` and `unclip textdiff`: pictures frame by frame."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from unclip.cli import options as opt
+from unclip.cli.animation import Animate, Animations, Fps
+from unclip.cli.draw import Job, Setting, produce
+from unclip.cli.manipulate import Refinements, Steps
+from unclip.cli.output import PictureWriter
+from unclip.cli.progress import Bars
+from unclip.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from unclip.latents import Latents
+    from unclip.pipeline import UnCLIP
+
+_BATCH = 8
+
+Frames = Annotated[int, typer.Option(help="Pictures from one end to the next, both included.")]
+Grid = Annotated[
+    bool, typer.Option("--grid", help="Also write all frames as one sheet.", rich_help_panel="What is written")
+]
+
+
+def interpolate(
+    ends: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="A B [C …]", help="An existing file is a picture, anything else a prompt."),
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="One more end, a picture; repeatable.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="One more end, a prompt.")] = None,
+    frames: Frames = 9,
+    noise: Annotated[
+        str,
+        typer.Option(
+            metavar="inverted|fixed",
+            help="inverted: x_T moves from one picture's own to the next one's; fixed: one drawn for all.",
+        ),
+    ] = "inverted",
+    loop: Annotated[bool, typer.Option("--loop", help="Go on to the first end again.")] = False,
+    animate: Animate = None,
+    fps: Fps = 8.0,
+    steps: Steps = 25,
+    refinements: Refinements = 1,
+    seed: opt.Seed = 0,
+    size: opt.Size = None,
+    model: opt.Model = "emoji",
+    adapter: opt.Adapter = None,
+    out: opt.Out = None,
+    prior_guidance: opt.PriorGuidance = None,
+    prior_steps: opt.PriorSteps = None,
+    guidance: opt.Guidance = None,
+    decoder_steps: opt.DecoderSteps = None,
+    upsampler_steps: opt.UpsamplerSteps = None,
+    memory_limit: opt.MemoryLimit = None,
+    device: opt.Device = "auto",
+    dtype: opt.Precision = opt.Dtype.float32,
+    grid: Grid = False,
+    json_lines: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Draw the way from one picture or prompt to the next: unclip interpolate cat.png dog.png --frames 9
+
+    z_i and x_T move along great circles (unCLIP, section 3.2), so that the ends are the pictures themselves. A prompt
+    stands for what `unclip sample` draws of it with this seed.
+    """
+    from unclip.geometry import path
+
+    known, names = read_ends([*(ends or [])], image or [], prompt or [])
+    if noise not in ("inverted", "fixed"):
+        raise UsageError(f"--noise is {noise!r}, expected 'inverted' or 'fixed'")
+    count = len(path(len(known), frames, loop))
+    sampling = opt.given(
+        size=size,
+        prior_guidance=prior_guidance,
+        prior_steps=prior_steps,
+        guidance=guidance,
+        decoder_steps=decoder_steps,
+        upsampler_steps=upsampler_steps,
+        memory_limit=memory_limit,
+    )
+    own: dict[str, Any] = {"frames": frames, "loop": loop, "noise": noise, "steps": steps, "refinements": refinements}
+    writer, films = PictureWriter(out, count, overwrite), Animations(animate, fps, overwrite)
+    shown = {**sampling, **own, "ends": names}
+    setting = Setting(model, size, device, dtype, _BATCH, 1, grid, json_lines, quiet, shown, adapter)
+    system = setting.load()
+
+    def latents(bars: Bars) -> Latents:
+        return system.between(known, seed=seed, progress=bars, **own, **sampling)
+
+    label = " to ".join(Path(name).stem for name in names)
+    _film(label, count, seed, latents, sampling, system, setting, writer, films)
+
+
+def textdiff(
+    image: Annotated[Path, typer.Argument(help="The picture to change.")],
+    target: Annotated[str, typer.Option("--to", help="What it shall show.")],
+    base: Annotated[str, typer.Option("--from", help="What it shows (default: the empty caption).")] = "",
+    max_theta: Annotated[
+        float, typer.Option(help="How far to go: 1 is all the way to the text; the paper goes to 0.25 … 0.5.")
+    ] = 0.5,
+    frames: Annotated[int, typer.Option(help="Pictures from θ = 0, the picture itself, to the end.")] = 9,
+    animate: Animate = None,
+    fps: Fps = 8.0,
+    steps: Steps = 25,
+    refinements: Refinements = 1,
+    seed: opt.Seed = 0,
+    size: opt.Size = None,
+    model: opt.Model = "emoji",
+    adapter: opt.Adapter = None,
+    out: opt.Out = None,
+    upsampler_steps: opt.UpsamplerSteps = None,
+    memory_limit: opt.MemoryLimit = None,
+    device: opt.Device = "auto",
+    dtype: opt.Precision = opt.Dtype.float32,
+    grid: Grid = False,
+    json_lines: opt.Json = False,
+    overwrite: opt.Overwrite = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Change a picture by the difference of two captions: unclip textdiff cat.png --from cat --to 'a wild tiger'
+
+    Its embedding turns towards norm(z_to − z_from) by a share θ of the way; its noise x_T stays (unCLIP, section 3.3).
+    """
+    from unclip.data.images import load_image
+    from unclip.geometry import linear_schedule
+
+    if not 0 < max_theta <= 1:
+        raise UsageError(f"--max-theta is {max_theta:g}, expected above 0 and at most 1 (the paper: 0.25 … 0.5)")
+    if not target.strip():
+        raise UsageError("--to is empty; say what the picture shall show")
+    thetas = linear_schedule(max_theta, frames)
+    picture = load_image(image)
+    writer, films = PictureWriter(out, frames, overwrite), Animations(animate, fps, overwrite)
+    sampling = opt.given(size=size, upsampler_steps=upsampler_steps, memory_limit=memory_limit)
+    own: dict[str, Any] = {"max_theta": max_theta, "frames": frames, "steps": steps, "refinements": refinements}
+    shown = {**sampling, **own, "from": base, "to": target}
+    setting = Setting(model, size, device, dtype, _BATCH, 1, grid, json_lines, quiet, shown, adapter)
+    system = setting.load()
+
+    def latents(bars: Bars) -> Latents:
+        return system.toward(picture, target, base=base, progress=bars, **own)
+
+    extra = [{"image": str(image), "theta": round(theta, 6)} for theta in thetas]
+    _film(f"{image.stem} {target}", frames, seed, latents, sampling, system, setting, writer, films, extra)
+
+
+def read_ends(ends: list[str], images: list[Path], prompts: list[str]) -> tuple[list[Any], list[str]]:
+    """Ends as UnCLIP.between takes them, and their names. UsageError: fewer than two, or an empty one."""
+    from unclip.data.images import load_image
+    from unclip.manipulation import Prompt
+
+    known: list[Any] = []
+    for end in ends:
+        if not end.strip():
+            raise UsageError("an end is empty; name a picture's file or a prompt")
+        known.append(load_image(end) if Path(end).expanduser().is_file() else Prompt(end))
+    known += [load_image(image) for image in images]
+    for prompt in prompts:
+        if not prompt.strip():
+            raise UsageError("an end is empty; name a picture's file or a prompt")
+        known.append(Prompt(prompt))
+    names = [*ends, *map(str, images), *prompts]
+    if len(known) < 2:
+        raise UsageError(f"an interpolation goes between 2 or more pictures or prompts, got {len(known)}")
+    return known, [Path(name).name if Path(name).expanduser().is_file() else name for name in names]
+
+
+def _film(
+    label: str,
+    count: int,
+    seed: int,
+    make: Any,
+    sampling: dict[str, Any],
+    system: UnCLIP,
+    setting: Setting,
+    writer: PictureWriter,
+    films: Animations,
+    extra: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Draw the frames of latents that `make` makes, write them, and the moving pictures of them."""
+    digits = len(str(count - 1))
+    known = [{"frame": i, **(extra[i] if extra else {})} for i in range(count)]
+    jobs = [Job(f"{label} frame {i:0{digits}d}", seed, extra=known[i]) for i in range(count)]
+    found: list[Latents] = []
+    frames: list[Image] = []
+
+    def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
+        from unclip.upscaling import Timings
+
+        system.timings = Timings()
+        if not found:
+            found.append(make(bars))
+        first = batch[0].extra["frame"]
+        part = found[0][first : first + len(batch)]
+        pictures = cast("list[Image]", system.frames_of(part, seed=seed, progress=bars, **sampling))
+        if films.files:
+            frames.extend(pictures)
+        return pictures
+
+    produce(jobs, draw, system, setting, writer)
+    for file in films.save(frames) if films.files else []:
+        print(file, file=sys.stderr if setting.json_lines else sys.stdout)

@@ -1,0 +1,109 @@
+"""What the commands that write one sheet of pictures share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unclip.cli import options as opt
+from unclip.cli.output import PictureWriter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from unclip.pipeline import UnCLIP
+
+_CELL = 256
+
+Cell = Annotated[
+    int | None,
+    typer.Option(
+        "--size",
+        parser=opt.pixels,
+        metavar="64|256|1024",
+        help=f"Edge of each picture in pixels (default: the model's largest up to {_CELL}).",
+    ),
+]
+Columns = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Pictures of each, with seeds of their own.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """How a sheet is drawn and written; made by `prepare` before anything heavy is loaded."""
+
+    command: str
+    system: UnCLIP
+    writer: PictureWriter
+    seed: int
+    size: int
+    dtype: opt.Dtype
+    options: dict[str, Any]
+    json_line: bool
+
+    def save(self, sheet: Image, label: str, shown: dict[str, Any], told: dict[str, Any] | None = None) -> None:
+        """Write the sheet and tell where it is. `shown` goes into the PNG, and with `told` into the JSON line."""
+        from unclip import __version__
+
+        text = {
+            "command": self.command,
+            "seed": str(self.seed),
+            "model": self.system.name,
+            "size": str(self.size),
+            "unclip": __version__,
+            "dtype": self.dtype.value,
+            **{key: value if isinstance(value, str) else json.dumps(value) for key, value in shown.items()},
+        }
+        if self.options:
+            text["options"] = json.dumps(self.options)
+        path = self.writer.save(sheet, label, self.seed, text)
+        body = {
+            "path": str(path),
+            "seed": self.seed,
+            "size": self.size,
+            "model": self.system.name,
+            "seconds": {stage: round(s, 4) for stage, s in self.system.timings.seconds.items()},
+            **shown,
+            **(told or {}),
+        }
+        print(json.dumps(body) if self.json_line else path, flush=True)
+
+
+def prepare(
+    command: str,
+    model: str,
+    out: Path | None,
+    overwrite: bool,
+    seed: int,
+    size: int | None,
+    device: str,
+    dtype: opt.Dtype,
+    json_line: bool,
+    options: dict[str, Any],
+) -> Sheet:
+    """See that the sheet can be written, then load the model up to the size of its pictures."""
+    writer = PictureWriter(out, 1, overwrite)
+    import torch
+
+    from unclip.bundle import read_manifest, resolve_model
+    from unclip.parts import bundle_sizes
+    from unclip.pipeline import UnCLIP
+
+    folder = resolve_model(model)
+    parts = read_manifest(folder)["parts"]
+    if size is None and "decoder" in parts:
+        sizes = bundle_sizes(folder, parts)
+        size = max((edge for edge in sizes if edge <= _CELL), default=sizes[0])
+    system = UnCLIP.from_pretrained(folder, device=device, dtype=getattr(torch, dtype.value), size=size)
+    return Sheet(command, system, writer, seed, system.check_size(size), dtype, options, json_line)
+
+
+def fitted(image: Image, edge: int) -> Image:
+    """A copy of a picture of any shape that fills a square cell as far as it goes."""
+    from PIL import ImageOps
+
+    return ImageOps.contain(image, (edge, edge))
