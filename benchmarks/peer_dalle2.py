@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.contest import Contestant, parameters_of, training_step
 from benchmarks.shapes import PriorShape, UNetShape, captions, rand, timesteps
+from benchmarks.timing import Work
+from unclip.clip import TextFeatures
 
 PARAMETERS_WITHIN = 0.02
 INSTALLED = True
@@ -30,9 +32,7 @@ else:
     peer.tqdm = lambda iterable, **_: iterable  # its progress bars are no part of the work
 
 
-def prior(shape: PriorShape, parameters: int, device: torch.device) -> Contestant:
-    """Its width is the embedding's; the feed-forward layers take up the difference in parameters."""
-
+def _diffusion_prior(shape: PriorShape, parameters: int, device: torch.device) -> tuple[Any, float]:
     def build(mult: float) -> nn.Module:
         return peer.DiffusionPriorNetwork(  # type: ignore[no-any-return]
             dim=shape.embedding,
@@ -47,7 +47,34 @@ def prior(shape: PriorShape, parameters: int, device: torch.device) -> Contestan
     torch.manual_seed(0)
     # cond_drop_prob is what allows guidance; the network itself is called without dropout below.
     options = {"image_embed_dim": shape.embedding, "cond_drop_prob": 0.1, "timesteps": 1000}
-    whole = peer.DiffusionPrior(net=build(mult), **options).to(device).eval().requires_grad_(False)
+    return peer.DiffusionPrior(net=build(mult), **options).to(device), mult
+
+
+def prior_trainer(
+    shape: PriorShape, parameters: int, text: TextFeatures, embedding: Tensor, steps: int, device: torch.device
+) -> Work:
+    """Its DiffusionPriorTrainer: AdamW, clipping, a cosine schedule and the moving average; a turn is `steps` steps."""
+    from dalle2_pytorch.trainer import DiffusionPriorTrainer
+
+    whole, _ = _diffusion_prior(shape, parameters, device)
+    trainer = DiffusionPriorTrainer(
+        whole, lr=1e-4, wd=0.01, max_grad_norm=1.0, use_ema=True, cosine_decay_max_steps=1_000_000
+    ).to(device)
+    encodings = text.tokens * text.mask[..., None]
+
+    def turn() -> None:
+        for _ in range(steps):
+            # It scales the embedding it is given in place.
+            trainer(text_embed=text.embedding, image_embed=embedding.clone(), text_encodings=encodings)
+            trainer.update()
+
+    return turn
+
+
+def prior(shape: PriorShape, parameters: int, device: torch.device) -> Contestant:
+    """Its width is the embedding's; the feed-forward layers take up the difference in parameters."""
+    whole, mult = _diffusion_prior(shape, parameters, device)
+    whole.eval().requires_grad_(False)
     network, text = whole.net, captions(shape.batch, shape.tokens, shape.embedding).to(device)
     given = {"text_embed": text.embedding, "text_encodings": text.tokens * text.mask[..., None]}
     x = rand(shape.batch, shape.embedding, seed=7).to(device)
