@@ -22,7 +22,7 @@ def _drawn(prompt: str) -> Image.Image:
     return _model().sample(prompt, seed=0)[0]
 
 
-def _sheet(rows: list[list[Image.Image]], heads: list[str]) -> Image.Image:
+def _sheet(rows: list[list[Image.Image]], heads: list[str], colours: int = 256) -> Image.Image:
     """Rows of pictures under one line of headings, each picture no larger than a cell."""
     gap, top = 4, 16
     width = len(heads) * (CELL + gap) - gap
@@ -37,7 +37,7 @@ def _sheet(rows: list[list[Image.Image]], heads: list[str]) -> Image.Image:
             left, upper = j * (CELL + gap), top + i * (CELL + gap)
             sheet.paste(small, (left, upper))
             pen.rectangle((left, upper, left + small.width - 1, upper + small.height - 1), outline="#bbbbbb")
-    return sheet.quantize(256, dither=Image.Dither.NONE)
+    return sheet.quantize(colours, dither=Image.Dither.NONE)
 
 
 def masks() -> Image.Image:
@@ -107,7 +107,7 @@ def strengths() -> Image.Image:
     for source, prompt in (("fox", "wolf"), ("owl", "eagle"), ("pizza", "cookie")):
         picture = _drawn(source)
         rows.append([picture, *(model.edit(picture, prompt, strength=strength)[0] for strength in values)])
-    return _sheet(rows, ["picture", *(f"{strength:g}" for strength in values)])
+    return _sheet(rows, ["picture", *(f"{strength:g}" for strength in values)], colours=64)
 
 
 def restoration() -> Image.Image:
