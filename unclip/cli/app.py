@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from unclip.cli import draw, edit, film, inspect, manipulate, probe
 from unclip.cli.embed import embed
@@ -52,33 +54,52 @@ def unclip(
         typer.echo(context.get_help())
 
 
-for command in (
-    draw.sample,
-    manipulate.reconstruct,
-    film.interpolate,
-    film.textdiff,
-    draw.decode,
-    upscale,
-    edit.inpaint,
-    edit.outpaint,
-    edit.edit,
-    restore,
-    embed,
-    inspect.bundle,
-    merge,
-    inspect.info,
-    statistics,
-    params,
-    plan,
-    runs,
-    plot,
-):
-    app.command()(command)
+Panel = tuple[str, dict[Callable[..., None], type[TyperCommand] | None]]
 
-app.command(cls=several(numbers=("--eta-sheet",)))(manipulate.variations)
-app.command()(fit_pca)
-app.command(cls=several(texts=("--mix",)))(mix)
-app.command(cls=several(numbers=("--dims",)))(probe.pca)
-app.command(cls=several(texts=("--texts", "--labels")))(probe.typographic)
-app.command()(probe.compare_conditioning)
-app.command(cls=several(numbers=("--scales", "--prior-scales")))(probe.guidance_sheet)
+# By panel of `unclip --help`, each command with the class that reads options of several values.
+_PANELS: tuple[Panel, ...] = (
+    (
+        "Pictures",
+        {
+            draw.sample: None,
+            manipulate.variations: several(numbers=("--eta-sheet",)),
+            draw.decode: None,
+            manipulate.reconstruct: None,
+            film.interpolate: None,
+            film.textdiff: None,
+            mix: several(texts=("--mix",)),
+        },
+    ),
+    (
+        "Editing",
+        {edit.inpaint: None, edit.outpaint: None, edit.edit: None, restore: None, upscale: None},
+    ),
+    (
+        "What the stages know",
+        {
+            probe.pca: several(numbers=("--dims",)),
+            probe.typographic: several(texts=("--texts", "--labels")),
+            probe.compare_conditioning: None,
+            probe.guidance_sheet: several(numbers=("--scales", "--prior-scales")),
+            fit_pca: None,
+            statistics: None,
+        },
+    ),
+    (
+        "Models and training",
+        {
+            embed: None,
+            inspect.bundle: None,
+            merge: None,
+            inspect.info: None,
+            params: None,
+            plan: None,
+            runs: None,
+            plot: None,
+        },
+    ),
+)
+
+for _panel, _commands in _PANELS:
+    for _command, _cls in _commands.items():
+        app.command(cls=_cls, rich_help_panel=_panel)(_command)
