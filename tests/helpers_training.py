@@ -126,13 +126,12 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def stop_at(step: int, rank: int, number: int = signal.SIGTERM) -> Callable[[int], None]:
-    """A signal to one process alone, once while it makes that step, which asks for several batches."""
-    sent = False
+    """A signal to one process alone, once, while it makes that step."""
+    sent: list[int] = []
 
     def before(now: int) -> None:
-        nonlocal sent
         if now == step and not sent and int(os.environ.get("RANK", 0)) == rank:
-            sent = True
+            sent.append(number)
             os.kill(os.getpid(), number)
 
     return before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,6 @@ from unclip.training import current, loop
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt is longer than CLIP's 12 tokens")
 
 STEPS = 3
-
-
-@pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a run sets is taken back."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    yield
 
 
 def tune(bundle: Path, folder: Path, model: dict[str, Any] | None = None, **train: Any) -> Path:
