@@ -46,8 +46,7 @@ def fit(
     `run_dir/model`.
 
     `loss_fn(network, batch, generator)` returns per-sample losses (B,) by name; `loss` is minimised. `batch["image"]`
-    is on
-    the device. `export(ema_state, folder)` writes a model folder; `sample(ema_network)` draws a grid for
+    is on the device. `export(ema_state, folder)` writes a model folder; `sample(ema_network)` draws a grid for
     `run_dir/samples`, `diagnose(ema_network)` measures more than a loss tells; both every `sample_every` steps.
     Returns the model folder. Raises UnclipError: the run folder cannot be written, or holds a run of another model;
     a signal, which is answered by a checkpoint; losses or processes that fail (unclip.training.guard).
