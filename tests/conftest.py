@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-
-_LINEAR = torch.nn.functional.linear
-_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_LAUNCHED = {name: os.environ[name] for name in _RANKS if name in os.environ}
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown() -> None:
-    """A run in this process leaves its rank in the environment, which child processes would take for a launcher's;
-    DeepSpeed's ZeRO 3 leaves a linear layer of its own in torch, which counts operations otherwise.
-    """
-    torch.nn.functional.linear = _LINEAR
-    for name in _RANKS:
-        os.environ.pop(name, None)
-    os.environ.update(_LAUNCHED)
-
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -43,6 +25,8 @@ def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_clip(root: Path) -> Path:
+    import torch
+
     from unclip.clip import build_trainable, save_folder, write_vocabulary
     from unclip.config import parse_config
     from unclip.training.clip import ClipConfig

@@ -69,7 +69,7 @@ def test_the_worst_moment() -> None:
 def test_planned_memory_is_what_the_engine_holds(stage: int) -> None:
     """Within 15 % of the allocator's peak over three steps on one process, the bucket of fixed size left out."""
     from unclip.training.ema import EMA
-    from unclip.training.engine import start_engine
+    from unclip.training.engine import process_kept, start_engine
 
     def build() -> nn.Module:
         return nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(12)])
@@ -77,6 +77,7 @@ def test_planned_memory_is_what_the_engine_holds(stage: int) -> None:
     def run(network: nn.Module) -> torch.Tensor:
         return network(torch.randn(64, 512)).square().mean()  # type: ignore[no-any-return]
 
+    @process_kept()
     def train() -> object:
         network = build()
         engine = start_engine(network, TrainConfig(batch_size=64, zero_stage=stage), current())  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -26,25 +27,21 @@ PARAMETERS = sum(p.numel() for p in Tiny().parameters() if p.requires_grad)
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process stops runs of each stage after step 3; two go on with them, and do all else of `stages`."""
     folder = tmp_path_factory.mktemp("stages")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")  # so that what the run sets is taken back
-            patch.delenv(name)
-        alone = train(folder / "alone")
-        for stage in range(4):
-            number = signal.SIGINT if stage == 0 else signal.SIGTERM
-            sentence = f"stopped by {number.name} after step 3, which .*step-00000003 keeps; enter the same line"
-            with pytest.raises(UnclipError, match=sentence) as stopped:
-                train(folder / f"one-{stage}", zero_stage=stage, before=stop_at(3, 0, number))
-            assert stopped.value.exit_code == 128 + number
-        told = run(2, "stages", folder)
-        # The other way: one process goes on with what two have written, at another stage.
-        back = []
-        for stage in range(4):
-            here = folder / f"plain-{stage}"
-            for name in ("checkpoints/step-00000006", "model"):
-                (here / name).rename(here / f"put-away-{name.replace('/', '-')}")
-            back.append(difference(alone, train(here, zero_stage=(stage + 2) % 4)))
+    alone = train(folder / "alone")
+    for stage in range(4):
+        number = signal.SIGINT if stage == 0 else signal.SIGTERM
+        sentence = f"stopped by {number.name} after step 3, which .*step-00000003 keeps; enter the same line"
+        with pytest.raises(UnclipError, match=sentence) as stopped:
+            train(folder / f"one-{stage}", zero_stage=stage, before=stop_at(3, 0, number))
+        assert stopped.value.exit_code == 128 + number
+    told = run(2, "stages", folder)
+    # The other way: one process goes on with what two have written, at another stage.
+    back = []
+    for stage in range(4):
+        here = folder / f"plain-{stage}"
+        for name in ("checkpoints/step-00000006", "model"):
+            (here / name).rename(here / f"put-away-{name.replace('/', '-')}")
+        back.append(difference(alone, train(here, zero_stage=(stage + 2) % 4)))
     return {**told, "folder": folder, "alone": losses(folder / "alone"), "back": back}
 
 
@@ -52,6 +49,21 @@ def run(world_size: int, task: str, folder: Path) -> dict[str, Any]:
     done = launch(world_size, task, folder)
     assert [code for code, _ in done] == [0] * world_size, "\n".join(output for _, output in done)
     return json.loads((folder / "told-0.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_training_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    """No word of a launcher for child processes to believe, and torch's own linear layer."""
+    linear, environment = torch.nn.functional.linear, dict(os.environ)
+    inside: list[bool] = []
+    train(
+        tmp_path / "run",
+        zero_stage=3,
+        before=lambda _step: inside.append("WORLD_SIZE" in os.environ and torch.nn.functional.linear is not linear),
+    )
+    assert all(inside) and inside  # without a change there would be nothing to take back
+    assert torch.nn.functional.linear is linear
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [os.environ.get(name) for name in names] == [environment.get(name) for name in names]
 
 
 def test_every_stage_has_the_curve_of_a_plain_loop(told: dict[str, Any], tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def _conv2d(
 ) -> StripedMap:
     (step, step_x), (margin, margin_x) = _pair(stride), _pair(padding)
     if _pair(dilation) != (1, 1):
-        raise NotImplementedError("a dilated convolution cannot be run in stripes")
+        raise ValueError("a dilated convolution cannot be run in stripes")
     x.settle()
     batch, _, height, width = x.shape
     tall, wide = weight.shape[2:]
@@ -257,7 +257,7 @@ def _interpolate(
     x: StripedMap, size: Any = None, scale_factor: Any = None, mode: str = "nearest", **_: Any
 ) -> StripedMap:
     if mode != "nearest" or scale_factor is None or int(scale_factor) != scale_factor:
-        raise NotImplementedError(f"interpolation {mode} cannot be run in stripes")
+        raise ValueError(f"interpolation {mode} cannot be run in stripes")
     return _enlarged(x, int(scale_factor), 1, lambda rows: F.interpolate(rows, scale_factor=scale_factor, mode=mode))
 
 

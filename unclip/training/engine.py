@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +17,8 @@ from unclip.config import OptimizerConfig, TrainConfig
 from unclip.errors import UnclipError
 from unclip.training.distributed import Distributed
 from unclip.training.settings import deepspeed_config, micro_batch
+
+_LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def micro_batch_size(config: TrainConfig, distributed: Distributed) -> int:
@@ -62,6 +66,25 @@ def start_engine(network: nn.Module, config: TrainConfig, distributed: Distribut
     if config.compile:
         engine.compile()  # in place: the state's names stay
     return engine
+
+
+@contextmanager
+def process_kept() -> Iterator[None]:
+    """Take back what training leaves in this process, which goes on to other work where training is called from Python.
+
+    A run without a launcher tells DeepSpeed of itself in the environment, where child processes would take it for a
+    launcher's word; ZeRO 3 puts a linear layer of its own into torch "until manually reset".
+    """
+    linear, launched = torch.nn.functional.linear, {name: os.environ.get(name) for name in _LAUNCHED}
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+        for name, value in launched.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def start_group(config: TrainConfig, distributed: Distributed) -> None:
@@ -167,6 +190,6 @@ def _group_of_one(backend: str) -> None:
     if "WORLD_SIZE" in os.environ:
         return
     # The port is never opened; without these DeepSpeed looks for MPI.
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    os.environ.update(zip(_LAUNCHED, ("0", "0", "1", "127.0.0.1", "29500"), strict=True))
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -16,7 +16,7 @@ from unclip.errors import UnclipError
 from unclip.training.checkpoint import files_of, find_checkpoint, save_checkpoint
 from unclip.training.distributed import Distributed, current, told_once
 from unclip.training.ema import EMA
-from unclip.training.engine import set_schedule, start_engine
+from unclip.training.engine import process_kept, set_schedule, start_engine
 from unclip.training.guard import Signals, Skips, Stopped, compare_weights, lost_process
 from unclip.training.metrics import Window, parameter_norm
 from unclip.training.rundir import open_run
@@ -31,6 +31,7 @@ Sample = Callable[[nn.Module], Image.Image]
 Diagnose = Callable[[nn.Module], dict[str, float]]
 
 
+@process_kept()
 def fit(
     network: nn.Module,
     loss_fn: LossFunction,
