@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from unclip.cli import draw, edit, film, inspect, manipulate, probe
 from unclip.cli.embed import embed
 from unclip.cli.fit_pca import fit_pca
+from unclip.cli.groups import ungrouped
 from unclip.cli.merge import merge
 from unclip.cli.mix import mix
 from unclip.cli.plan import params, plan
@@ -102,4 +103,4 @@ _PANELS: tuple[Panel, ...] = (
 
 for _panel, _commands in _PANELS:
     for _command, _cls in _commands.items():
-        app.command(cls=_cls, rich_help_panel=_panel)(_command)
+        app.command(cls=_cls, rich_help_panel=_panel)(ungrouped(_command))

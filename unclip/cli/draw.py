@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unclip.cli import options as opt
+from unclip.cli.groups import BATCH, Decoding, Drawing, Sampling, Series
 from unclip.cli.output import PictureWriter, grid_columns, thumbnail
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from unclip.pipeline import UnCLIP
 
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,27 @@ class Job:
 class Setting:
     """What all drawing commands share."""
 
-    model: str
-    size: int | None
-    device: str
-    dtype: opt.Dtype
-    batch_size: int
-    num_images: int
-    grid: bool
-    json_lines: bool
-    quiet: bool
+    drawing: Drawing
     options: dict[str, Any]  # of UnCLIP.sample and its siblings
-    adapters: list[str] | None = None
+    batch_size: int = BATCH
+    columns: int = 1  # of the grid
+    grid: bool = False
+
+    @classmethod
+    def of(cls, series: Series, options: dict[str, Any], columns: int | None = None) -> Setting:
+        return cls(series, options, series.batch_size, columns or series.num_images, series.grid)
 
     def load(self) -> UnCLIP:
         """The model, without the upsamplers that the size does not need."""
-        import torch
-
         from unclip.pipeline import UnCLIP
 
-        dtype = getattr(torch, self.dtype.value)
+        drawing = self.drawing
         return UnCLIP.from_pretrained(
-            self.model, device=self.device, dtype=dtype, size=self.size, adapters=self.adapters or ()
+            drawing.model,
+            device=drawing.device,
+            dtype=drawing.torch_dtype,
+            size=self.options.get("size"),
+            adapters=drawing.adapter or (),
         )
 
 
@@ -74,30 +74,15 @@ def sample(
     prompts_file: Annotated[
         Path | None, typer.Option(help="Prompts, one a line; #-comments are skipped.")
     ] = None,
-    num_images: opt.NumImages = 1,
-    seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
     negative_prompt: opt.NegativePrompt = None,
     negative_embedding: opt.NegativeEmbedding = False,
     rerank: opt.Rerank = None,
     keep: opt.Keep = None,
-    guidance: opt.Guidance = None,
     guidance_text: opt.GuidanceText = None,
-    prior_guidance: opt.PriorGuidance = None,
-    prior_steps: opt.PriorSteps = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = _BATCH,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Sampling,
+    drawing: Series,
 ) -> None:
     """Draw pictures for prompts.
 
@@ -108,28 +93,18 @@ def sample(
     if not prompts:
         raise UsageError("no prompt given; pass --prompt 'pizza' or --prompts-file FILE")
     _check_prompts(prompts)
-    kept = opt.kept_of(rerank, keep, num_images)
+    kept = opt.kept_of(rerank, keep, drawing.num_images)
     away = opt.given(negative_prompt=negative_prompt, negative_embedding=negative_embedding or None)
     if negative_embedding and negative_prompt is None:
         raise UsageError("--negative-embedding is of a negative prompt, and none is given; add --negative-prompt")
-    jobs = [Job(text, seed + i, prompt=text) for text in prompts for i in range(num_images)]
-    writer = PictureWriter(out, len(prompts) * kept if kept else len(jobs), overwrite)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        guidance_text=guidance_text,
-        prior_guidance=prior_guidance,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
+    jobs = [Job(text, drawing.seed + i, prompt=text) for text in prompts for i in range(drawing.num_images)]
+    writer = drawing.writer(len(prompts) * kept if kept else len(jobs))
+    sampling = options.given(size=size, guidance_text=guidance_text)
     shown = {**sampling, **away}
-    drawn = kept or num_images
-    setting = Setting(model, size, device, dtype, batch_size, drawn, grid, json_lines, quiet, shown, adapter)
+    setting = Setting.of(drawing, shown, columns=kept)
     system = setting.load()
     if kept:
-        produce_best(prompts, num_images, kept, seed, {**sampling, **away}, system, setting, writer)
+        produce_best(prompts, drawing.num_images, kept, drawing.seed, {**sampling, **away}, system, setting, writer)
         return
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
@@ -143,43 +118,24 @@ def decode(
     embeddings: Annotated[
         Path, typer.Argument(help="A .npy file of CLIP image embeddings, (N, E) or (E,) floats.")
     ],
-    num_images: opt.NumImages = 1,
-    seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = _BATCH,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Decoding,
+    drawing: Series,
 ) -> None:
     """Draw pictures straight from CLIP image embeddings, such as `unclip embed` or your own model writes."""
     from unclip.inputs import check_embeddings, read_embeddings
 
     array = read_embeddings(embeddings)
-    writer = PictureWriter(out, (1 if array.ndim == 1 else len(array)) * num_images, overwrite)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling, adapter)
+    writer = drawing.writer((1 if array.ndim == 1 else len(array)) * drawing.num_images)
+    sampling = options.given(size=size)
+    setting = Setting.of(drawing, sampling)
     system = setting.load()
     rows = check_embeddings(array, system.clip.embedding_dim)
     jobs = [
-        Job(f"{embeddings.stem} {row}", seed + i, extra={"embeddings": str(embeddings), "row": row})
+        Job(f"{embeddings.stem} {row}", drawing.seed + i, extra={"embeddings": str(embeddings), "row": row})
         for row in range(len(rows))
-        for i in range(num_images)
+        for i in range(drawing.num_images)
     ]
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
@@ -195,7 +151,7 @@ def produce(
     """Draw the jobs batch by batch, write each picture and tell of it on stdout."""
     small: list[Image] = []
     starts = range(0, len(jobs), setting.batch_size)
-    with Bars(setting.quiet) as bars:
+    with Bars(setting.drawing.quiet) as bars:
         for number, start in enumerate(starts):
             batch = jobs[start : start + setting.batch_size]
             bars.batch(number + 1, len(starts))
@@ -205,7 +161,7 @@ def produce(
             seconds = {stage: round(s / len(batch), 4) for stage, s in system.timings.seconds.items()}
             for job, image in zip(batch, images, strict=True):
                 path = writer.save(image, job.label, job.seed, _metadata(job, image, system.name, setting))
-                _tell(_record(job, image, path, system.name, seconds) if setting.json_lines else str(path))
+                _tell(_record(job, image, path, system.name, seconds) if setting.drawing.json_lines else str(path))
             if setting.grid:
                 small += [thumbnail(image) for image in images]
     _write_grid(small, setting, writer)
@@ -223,7 +179,7 @@ def produce_best(
 ) -> None:
     """Draw many pictures of each prompt, and write the best by CLIP, each with its score and its place."""
     small: list[Image] = []
-    with Bars(setting.quiet) as bars:
+    with Bars(setting.drawing.quiet) as bars:
         for number, text in enumerate(prompts):
             bars.batch(number + 1, len(prompts))
             best = system.sample_best(
@@ -237,7 +193,7 @@ def produce_best(
                 metadata = _metadata(job, one.image, system.name, setting)
                 metadata |= {key: str(value) for key, value in place.items()}
                 path = writer.save(one.image, job.label, job.seed, metadata)
-                _tell(_record(job, one.image, path, system.name, seconds) if setting.json_lines else str(path))
+                _tell(_record(job, one.image, path, system.name, seconds) if setting.drawing.json_lines else str(path))
                 if setting.grid:
                     small.append(thumbnail(one.image))
     _write_grid(small, setting, writer)
@@ -246,8 +202,8 @@ def produce_best(
 def _write_grid(small: list[Image], setting: Setting, writer: PictureWriter) -> None:
     """All pictures as one, where asked for."""
     if setting.grid:
-        path = writer.save_grid(small, grid_columns(len(small), setting.num_images))
-        print(path, file=sys.stderr if setting.json_lines else sys.stdout)
+        path = writer.save_grid(small, grid_columns(len(small), setting.columns))
+        print(path, file=sys.stderr if setting.drawing.json_lines else sys.stdout)
 
 
 def _record(job: Job, image: Image, path: Path, name: str, seconds: dict[str, float]) -> str:
@@ -274,10 +230,10 @@ def _metadata(job: Job, image: Image, name: str, setting: Setting) -> dict[str, 
         "model": name,
         "size": str(image.width),
         "unclip": __version__,
-        "dtype": setting.dtype.value,
+        "dtype": setting.drawing.dtype.value,
     }
-    if setting.adapters:
-        text["adapters"] = ", ".join("/".join(Path(given).parts[-2:]) for given in setting.adapters)
+    if setting.drawing.adapter:
+        text["adapters"] = ", ".join("/".join(Path(given).parts[-2:]) for given in setting.drawing.adapter)
     chosen = {key: value for key, value in setting.options.items() if key != "size"}
     return {**text, "options": json.dumps(chosen)} if chosen else text
 

@@ -11,14 +11,13 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.draw import Job, Setting, produce
-from unclip.cli.output import PictureWriter
+from unclip.cli.groups import Sampling, Series
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_BATCH = 8
 _SHOWN = "What it shows"
 _WHERE = "Where it is painted"
 _SAMPLING = "How it samples (default: the model's own)"
@@ -109,27 +108,12 @@ def inpaint(
         float | None,
         typer.Option(help="With --crop mask: margin, in edges of the mask (0.5).", rich_help_panel=_WHERE),
     ] = None,
-    num_images: opt.NumImages = 1,
-    seed: opt.Seed = 0,
     size: Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
     jump_length: JumpLength = None,
     resamplings: Resamplings = None,
-    guidance: opt.Guidance = None,
-    prior_guidance: opt.PriorGuidance = None,
-    prior_steps: opt.PriorSteps = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = _BATCH,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Sampling,
+    drawing: Series,
 ) -> None:
     """Paint a part of a picture anew: white in the mask = repaint, black = keep, grey = blend.
 
@@ -146,21 +130,13 @@ def inpaint(
     painted = check_mask(softened(grown(painted, dilate), feather), *picture.size)
     frame_around(mask_box(painted), *picture.size, crop.value, context)  # before the model is loaded
     _check_shown(prompt, keep_embedding)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        prior_guidance=prior_guidance,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
+    sampling = options.given(size=size)
     own = {**opt.given(keep_embedding=keep_embedding, context=context), "crop": crop.value}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
     shown = {**sampling, **own, **way, "dilate": dilate, "feather": feather}
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, shown, adapter)
-    jobs = _jobs(image, "inpainted", prompt, seed, num_images, {"mask": str(mask)})
-    _run("inpaint", jobs, (picture, painted, prompt), {**sampling, **own}, way, setting, out, overwrite)
+    setting = Setting.of(drawing, shown)
+    jobs = _jobs(image, "inpainted", prompt, drawing.seed, drawing.num_images, {"mask": str(mask)})
+    _run("inpaint", jobs, (picture, painted, prompt), {**sampling, **own}, way, setting)
 
 
 def outpaint(
@@ -192,27 +168,12 @@ def outpaint(
     ] = 0.5,
     prompt: Prompt = None,
     keep_embedding: KeepEmbedding = None,
-    num_images: opt.NumImages = 1,
-    seed: opt.Seed = 0,
     size: Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
     jump_length: JumpLength = None,
     resamplings: Resamplings = None,
-    guidance: opt.Guidance = None,
-    prior_guidance: opt.PriorGuidance = None,
-    prior_steps: opt.PriorSteps = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = _BATCH,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Sampling,
+    drawing: Series,
 ) -> None:
     """Continue a picture beyond its edges, square by square; the picture itself stays as it is, to the bit."""
     from unclip.data.images import load_image
@@ -223,21 +184,13 @@ def outpaint(
     margins(*picture.size, (left, top, right, bottom), to)  # before the model is loaded
     plan_frames(1, 1, (0, 0, 1, 1), 1, overlap)
     _check_shown(prompt, keep_embedding)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        prior_guidance=prior_guidance,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
+    sampling = options.given(size=size)
     own = {**opt.given(keep_embedding=keep_embedding, frame=frame, to=to), **sides, "overlap": overlap}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
     shown = {**sampling, **own, **way}
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, shown, adapter)
-    jobs = _jobs(image, "outpainted", prompt, seed, num_images)
-    _run("outpaint", jobs, (picture, prompt), {**sampling, **own}, way, setting, out, overwrite)
+    setting = Setting.of(drawing, shown)
+    jobs = _jobs(image, "outpainted", prompt, drawing.seed, drawing.num_images)
+    _run("outpaint", jobs, (picture, prompt), {**sampling, **own}, way, setting)
 
 
 def edit(
@@ -250,25 +203,10 @@ def edit(
         ),
     ] = 0.6,
     keep_embedding: KeepEmbedding = None,
-    num_images: opt.NumImages = 1,
-    seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
-    prior_guidance: opt.PriorGuidance = None,
-    prior_steps: opt.PriorSteps = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = _BATCH,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Sampling,
+    drawing: Series,
 ) -> None:
     """Draw a picture anew for a prompt, from itself with noise (SDEdit).
 
@@ -281,20 +219,11 @@ def edit(
     picture = load_image(image)
     check_strength(strength)
     _check_shown(prompt, keep_embedding)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        prior_guidance=prior_guidance,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-        keep_embedding=keep_embedding,
-    )
+    sampling = options.given(size=size, keep_embedding=keep_embedding)
     sampling["strength"] = strength
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, sampling, adapter)
-    jobs = _jobs(image, "edited", prompt, seed, num_images, {"strength": strength})
-    _run("edit", jobs, (picture, prompt), sampling, {}, setting, out, overwrite)
+    setting = Setting.of(drawing, sampling)
+    jobs = _jobs(image, "edited", prompt, drawing.seed, drawing.num_images, {"strength": strength})
+    _run("edit", jobs, (picture, prompt), sampling, {}, setting)
 
 
 def _check_shown(prompt: str | None, keep_embedding: float | None) -> None:
@@ -319,11 +248,9 @@ def _run(
     options: dict[str, Any],
     way: dict[str, int],
     setting: Setting,
-    out: Path | None,
-    overwrite: bool,
 ) -> None:
     """Load the model, and write what its method draws, batch by batch."""
-    writer = PictureWriter(out, len(jobs), overwrite)
+    writer = setting.drawing.writer(len(jobs))
     system = setting.load()
     if way:
         from unclip.editing import Resampling

@@ -12,6 +12,7 @@ import typer
 from unclip.cli import options as opt
 from unclip.cli.animation import Animate, Animations, Fps
 from unclip.cli.draw import Job, Setting, produce
+from unclip.cli.groups import Drawing, Sampling, Upsampling
 from unclip.cli.manipulate import Refinements, Steps
 from unclip.cli.output import PictureWriter
 from unclip.cli.progress import Bars
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
     from unclip.latents import Latents
     from unclip.pipeline import UnCLIP
-
-_BATCH = 8
 
 Frames = Annotated[int, typer.Option(help="Pictures from one end to the next, both included.")]
 Grid = Annotated[
@@ -53,21 +52,10 @@ def interpolate(
     refinements: Refinements = 1,
     seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    prior_guidance: opt.PriorGuidance = None,
-    prior_steps: opt.PriorSteps = None,
-    guidance: opt.Guidance = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
     grid: Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Sampling,
+    drawing: Drawing,
 ) -> None:
     """Draw the way from one picture or prompt to the next: unclip interpolate cat.png dog.png --frames 9
 
@@ -80,19 +68,11 @@ def interpolate(
     if noise not in ("inverted", "fixed"):
         raise UsageError(f"--noise is {noise!r}, expected 'inverted' or 'fixed'")
     count = len(path(len(known), frames, loop))
-    sampling = opt.given(
-        size=size,
-        prior_guidance=prior_guidance,
-        prior_steps=prior_steps,
-        guidance=guidance,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
+    sampling = options.given(size=size)
     own: dict[str, Any] = {"frames": frames, "loop": loop, "noise": noise, "steps": steps, "refinements": refinements}
-    writer, films = PictureWriter(out, count, overwrite), Animations(animate, fps, overwrite)
+    writer, films = drawing.writer(count), Animations(animate, fps, drawing.overwrite)
     shown = {**sampling, **own, "ends": names}
-    setting = Setting(model, size, device, dtype, _BATCH, 1, grid, json_lines, quiet, shown, adapter)
+    setting = Setting(drawing, shown, grid=grid)
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:
@@ -116,17 +96,10 @@ def textdiff(
     refinements: Refinements = 1,
     seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
     grid: Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Upsampling,
+    drawing: Drawing,
 ) -> None:
     """Change a picture by the difference of two captions: unclip textdiff cat.png --from cat --to 'a wild tiger'
 
@@ -141,11 +114,11 @@ def textdiff(
         raise UsageError("--to is empty; say what the picture shall show")
     thetas = linear_schedule(max_theta, frames)
     picture = load_image(image)
-    writer, films = PictureWriter(out, frames, overwrite), Animations(animate, fps, overwrite)
-    sampling = opt.given(size=size, upsampler_steps=upsampler_steps, memory_limit=memory_limit)
+    writer, films = drawing.writer(frames), Animations(animate, fps, drawing.overwrite)
+    sampling = options.given(size=size)
     own: dict[str, Any] = {"max_theta": max_theta, "frames": frames, "steps": steps, "refinements": refinements}
     shown = {**sampling, **own, "from": base, "to": target}
-    setting = Setting(model, size, device, dtype, _BATCH, 1, grid, json_lines, quiet, shown, adapter)
+    setting = Setting(drawing, shown, grid=grid)
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:
@@ -210,4 +183,4 @@ def _film(
 
     produce(jobs, draw, system, setting, writer)
     for file in films.save(frames) if films.files else []:
-        print(file, file=sys.stderr if setting.json_lines else sys.stdout)
+        print(file, file=sys.stderr if setting.drawing.json_lines else sys.stdout)

@@ -11,6 +11,7 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.draw import Job, Setting, produce
+from unclip.cli.groups import Decoding, Drawing, Series, Upsampling
 from unclip.cli.output import PictureWriter, check_free, check_writable, write_atomically
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from unclip.latents import Latents
     from unclip.pipeline import UnCLIP
 
-_BATCH = 8
 _SAMPLING = "How it samples (default: the model's own)"
 _FRAMES = "How the picture is inverted"
 
@@ -51,16 +51,9 @@ def reconstruct(
     refinements: Refinements = 1,
     seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Upsampling,
+    drawing: Drawing,
 ) -> None:
     """Encode a picture as (z_i, x_T) and draw it again from them; says how near it comes (unCLIP, section 3).
 
@@ -70,14 +63,14 @@ def reconstruct(
     from unclip.data.images import load_image
 
     picture = load_image(image)
-    writer = PictureWriter(out, 1, overwrite)
+    writer = drawing.writer(1)
     if latents is not None:
-        check_free(latents, overwrite)
+        check_free(latents, drawing.overwrite)
         check_writable(latents.parent)
-    sampling = opt.given(size=size, upsampler_steps=upsampler_steps, memory_limit=memory_limit)
+    sampling = options.given(size=size)
     own = {"steps": steps, "refinements": refinements}
     shown = {**sampling, **own}
-    setting = Setting(model, size, device, dtype, 1, 1, False, json_lines, quiet, shown, adapter)
+    setting = Setting(drawing, shown)
     system = setting.load()
     extra: dict[str, Any] = {"image": str(image)}
     job = Job(f"{image.stem} reconstructed", seed, extra=extra)
@@ -90,12 +83,12 @@ def reconstruct(
         extra.update(psnr=round(trip.psnr, 3), psnr_size=edge, timesteps=list(trip.latents.timesteps))
         if latents is not None:
             data = trip.latents.to_bytes()
-            write_atomically(latents, lambda stream: _write(stream, data), replace=overwrite)
+            write_atomically(latents, lambda stream: _write(stream, data), replace=drawing.overwrite)
             extra["latents"] = str(latents)
         return [to_pil(trip.image[0])]
 
     produce([job], draw, system, setting, writer)
-    if not json_lines:
+    if not drawing.json_lines:
         if latents is not None:
             print(latents)
         print(f"PSNR {extra['psnr']:.1f} dB at {extra['psnr_size']} px")
@@ -119,25 +112,12 @@ def variations(
         list[float] | None,
         typer.Option(metavar="ETA ETA …", help="One sheet, a row for each eta, --num-images columns."),
     ] = None,
-    num_images: opt.NumImages = 1,
     steps: Steps = 100,
     refinements: Refinements = 1,
-    seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = _BATCH,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Decoding,
+    drawing: Series,
 ) -> None:
     """Draw pictures that share an image's CLIP embedding (unCLIP, section 3.1)."""
     if (image is None) == (latents is None):
@@ -151,21 +131,15 @@ def variations(
     start = _start(image, latents)
     etas: list[Any] = list(eta_sheet or []) or ([1.0] if eta is None and latents is not None else [eta])
     jobs = [
-        Job(f"{source.stem} variation", seed + i, extra={"image": str(source), **opt.given(eta=one)})
+        Job(f"{source.stem} variation", drawing.seed + i, extra={"image": str(source), **opt.given(eta=one)})
         for one in etas
-        for i in range(num_images)
+        for i in range(drawing.num_images)
     ]
-    writer = PictureWriter(out, 1 if eta_sheet else len(jobs), overwrite)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
+    writer = drawing.writer(1 if eta_sheet else len(jobs))
+    sampling = options.given(size=size)
     own = {"steps": steps, "refinements": refinements}
     shown = {**sampling, **(own if etas != [None] and latents is None else {}), **opt.given(eta=eta)}
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, shown, adapter)
+    setting = Setting.of(drawing, shown)
     system = setting.load()
     encoded: list[Latents] = []
 
@@ -210,7 +184,7 @@ def _eta_sheet(
 
     columns = len(jobs) // len(etas)
     rows = []
-    with Bars(setting.quiet) as bars:
+    with Bars(setting.drawing.quiet) as bars:
         for number in range(len(etas)):
             bars.batch(number + 1, len(etas))
             row: list[Image] = []
@@ -226,12 +200,12 @@ def _eta_sheet(
         "seed": str(seed),
         "model": system.name,
         "unclip": __version__,
-        "dtype": setting.dtype.value,
+        "dtype": setting.drawing.dtype.value,
         "options": json.dumps({key: value for key, value in setting.options.items() if key != "size"}),
     }
     path = writer.save(sheet, f"{source.stem} eta", seed, text)
     body = {"path": str(path), "image": str(source), "etas": list(etas), "seed": seed, "model": system.name}
-    print(json.dumps(body) if setting.json_lines else path, flush=True)
+    print(json.dumps(body) if setting.drawing.json_lines else path, flush=True)
 
 
 def _write(stream: Any, data: bytes) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.draw import Job, Setting, produce
-from unclip.cli.output import PictureWriter
+from unclip.cli.groups import Sampling, Series
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
 
@@ -36,25 +36,10 @@ def mix(
     text_embedding: Annotated[
         bool, typer.Option("--text-embedding", help="CLIP's text embedding of prompts, without the prior.")
     ] = False,
-    num_images: opt.NumImages = 1,
-    seed: opt.Seed = 0,
     size: opt.Size = None,
-    model: opt.Model = "emoji",
-    adapter: opt.Adapter = None,
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
-    prior_guidance: opt.PriorGuidance = None,
-    prior_steps: opt.PriorSteps = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    batch_size: opt.BatchSize = 8,
-    grid: opt.Grid = False,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Sampling,
+    drawing: Series,
 ) -> None:
     """Draw a weighted mixture of pictures and prompts: unclip mix --mix cat.png:0.6 snow:0.4
 
@@ -71,19 +56,11 @@ def mix(
         "mean": "spherical" if spherical else "linear",
         "text_embedding": text_embedding,
     }
-    jobs = [Job(f"{label} mix", seed + i, extra=recipe) for i in range(num_images)]
-    writer = PictureWriter(out, len(jobs), overwrite)
-    sampling = opt.given(
-        size=size,
-        guidance=guidance,
-        prior_guidance=prior_guidance,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
+    jobs = [Job(f"{label} mix", drawing.seed + i, extra=recipe) for i in range(drawing.num_images)]
+    writer = drawing.writer(len(jobs))
+    sampling = options.given(size=size)
     shown = {**sampling, **recipe}
-    setting = Setting(model, size, device, dtype, batch_size, num_images, grid, json_lines, quiet, shown, adapter)
+    setting = Setting.of(drawing, shown)
     system = setting.load()
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:

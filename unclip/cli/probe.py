@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclip.cli import options as opt
+from unclip.cli.groups import Decoding, Sampling, Upsampling
 from unclip.cli.progress import Bars
-from unclip.cli.sheets import Cell, Columns, Json, fitted, prepare
+from unclip.cli.sheets import Columns, Sheets, fitted, prepare
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _SHOWN = 4
 """Labels whose probabilities stand beside a picture."""
-
-Seed = Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise; column i is drawn with seed + i.")]
 
 
 def pca(
@@ -28,19 +27,9 @@ def pca(
             metavar="K K …", help="Principal components kept (default: the paper's, as far as the model has them)."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0,
-    size: Cell = None,
-    model: opt.Model = "emoji",
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    json_line: Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    sampling: Decoding,
+    asked: Sheets,
 ) -> None:
     """Rebuild a picture's embedding from its first principal components, and draw each (unCLIP, Figure 7).
 
@@ -51,12 +40,10 @@ def pca(
     from unclip.data.lettering import labelled_sheet
 
     picture = load_image(image)
-    options = opt.given(
-        guidance=guidance, decoder_steps=decoder_steps, upsampler_steps=upsampler_steps, memory_limit=memory_limit
-    )
-    sheet = prepare("pca", model, out, overwrite, seed, size, device, dtype, json_line, options)
-    with Bars(quiet) as bars:
-        found = sheet.system.pca(picture, dims, seed=seed, size=sheet.size, progress=bars, **options)
+    options = sampling.given()
+    sheet = prepare("pca", asked, options)
+    with Bars(asked.quiet) as bars:
+        found = sheet.system.pca(picture, dims, seed=asked.seed, size=sheet.size, progress=bars, **options)
     named = [f"{number}: {error:.0%} off" for number, error in zip(found.dims, found.errors, strict=True)]
     row = [fitted(picture, sheet.size), *found.images]
     shown = {
@@ -83,19 +70,9 @@ def typographic(
     height: Annotated[float, typer.Option(help="Where its middle lies: 0 top, 1 bottom.")] = 0.5,
     font: Annotated[Path | None, typer.Option(help="A TrueType or OpenType file; Pillow's own is Latin.")] = None,
     num_images: Columns = 3,
-    seed: Seed = 0,
-    size: Cell = None,
-    model: opt.Model = "emoji",
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    json_line: Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    sampling: Decoding,
+    asked: Sheets,
 ) -> None:
     """Write on a picture, and see what CLIP takes it for (typographic attacks; unCLIP, Figure 6).
 
@@ -106,18 +83,16 @@ def typographic(
     from unclip.data.lettering import labelled_sheet
 
     picture = load_image(image)
-    options = opt.given(
-        guidance=guidance, decoder_steps=decoder_steps, upsampler_steps=upsampler_steps, memory_limit=memory_limit
-    )
-    sheet = prepare("typographic", model, out, overwrite, seed, size, device, dtype, json_line, options)
-    with Bars(quiet) as bars:
+    options = sampling.given()
+    sheet = prepare("typographic", asked, options)
+    with Bars(asked.quiet) as bars:
         attacks = sheet.system.typographic(
             picture,
             texts,
             labels=labels,
             template=template,
             num_images=num_images,
-            seed=seed,
+            seed=asked.seed,
             width=width,
             height=height,
             font=font,
@@ -143,22 +118,10 @@ def typographic(
 def compare_conditioning(
     prompt: Annotated[str, typer.Argument(help="What the pictures show.")],
     num_images: Columns = 4,
-    seed: Seed = 0,
-    size: Cell = None,
-    model: opt.Model = "emoji",
-    out: opt.Out = None,
-    guidance: opt.Guidance = None,
     guidance_text: opt.GuidanceText = None,
-    prior_guidance: opt.PriorGuidance = None,
-    prior_steps: opt.PriorSteps = None,
-    decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    json_line: Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    sampling: Sampling,
+    asked: Sheets,
 ) -> None:
     """Draw a prompt with three conditions of the decoder (unCLIP, Figure 8): what the prior is good for.
 
@@ -167,19 +130,11 @@ def compare_conditioning(
     """
     from unclip.data.lettering import labelled_sheet
 
-    options = opt.given(
-        guidance=guidance,
-        guidance_text=guidance_text,
-        prior_guidance=prior_guidance,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
-    sheet = prepare("compare-conditioning", model, out, overwrite, seed, size, device, dtype, json_line, options)
-    with Bars(quiet) as bars:
+    options = sampling.given(guidance_text=guidance_text)
+    sheet = prepare("compare-conditioning", asked, options)
+    with Bars(asked.quiet) as bars:
         found = sheet.system.compare_conditioning(
-            prompt, num_images=num_images, seed=seed, size=sheet.size, progress=bars, **options
+            prompt, num_images=num_images, seed=asked.seed, size=sheet.size, progress=bars, **options
         )
     scores = {
         name: [round(score, 4) for score in sheet.system.clip_scores(images, prompt).tolist()]
@@ -199,20 +154,12 @@ def guidance_sheet(
         typer.Option(metavar="S S …", help="The prior's scales, a row each (default: the model's own)."),
     ] = None,
     num_images: Columns = 1,
-    seed: Seed = 0,
-    size: Cell = None,
-    model: opt.Model = "emoji",
-    out: opt.Out = None,
     guidance_text: opt.GuidanceText = None,
     prior_steps: opt.PriorSteps = None,
     decoder_steps: opt.DecoderSteps = None,
-    upsampler_steps: opt.UpsamplerSteps = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    json_line: Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    sampling: Upsampling,
+    asked: Sheets,
 ) -> None:
     """Draw a prompt over guidance scales, from the same noise (unCLIP, Figure 9).
 
@@ -221,32 +168,26 @@ def guidance_sheet(
     """
     from unclip.data.lettering import labelled_sheet
 
-    options = opt.given(
-        guidance_text=guidance_text,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        upsampler_steps=upsampler_steps,
-        memory_limit=memory_limit,
-    )
+    options = sampling.given(guidance_text=guidance_text, prior_steps=prior_steps, decoder_steps=decoder_steps)
     chosen = scales or [1.0, 2.0, 3.0, 4.0]
-    sheet = prepare("guidance-sheet", model, out, overwrite, seed, size, device, dtype, json_line, options)
-    with Bars(quiet) as bars:
+    sheet = prepare("guidance-sheet", asked, options)
+    with Bars(asked.quiet) as bars:
         found = sheet.system.guidance_sheet(
             prompt,
             chosen,
             prior_scales=prior_scales or None,
             num_images=num_images,
-            seed=seed,
+            seed=asked.seed,
             size=sheet.size,
             progress=bars,
             **options,
         )
     rows = [[cell[number] for cell in row] for row in found for number in range(num_images)]
-    names = [f"seed {seed + number}" for _ in found for number in range(num_images)]
+    names = [f"seed {asked.seed + number}" for _ in found for number in range(num_images)]
     if prior_scales:
         several = num_images > 1
         names = [
-            f"prior {scale:g}" + (f"\nseed {seed + number}" if several else "")
+            f"prior {scale:g}" + (f"\nseed {asked.seed + number}" if several else "")
             for scale in prior_scales
             for number in range(num_images)
         ]

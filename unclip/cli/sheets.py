@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unclip.cli import options as opt
+from unclip.cli.groups import Place
 from unclip.cli.output import PictureWriter
 
 if TYPE_CHECKING:
@@ -28,8 +28,18 @@ Cell = Annotated[
         help=f"Edge of each picture in pixels (default: the model's largest up to {_CELL}).",
     ),
 ]
+Seed = Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise; column i is drawn with seed + i.")]
 Columns = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Pictures of each, with seeds of their own.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+
+
+@dataclass(frozen=True)
+class Sheets(Place):
+    """Of the commands that write one sheet."""
+
+    seed: Seed = 0
+    size: Cell = None
+    json_lines: Json = False
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,9 @@ class Sheet:
     command: str
     system: UnCLIP
     writer: PictureWriter
-    seed: int
+    asked: Sheets
     size: int
-    dtype: opt.Dtype
     options: dict[str, Any]
-    json_line: bool
 
     def save(self, sheet: Image, label: str, shown: dict[str, Any], told: dict[str, Any] | None = None) -> None:
         """Write the sheet and tell where it is. `shown` goes into the PNG, and with `told` into the JSON line."""
@@ -51,55 +59,42 @@ class Sheet:
 
         text = {
             "command": self.command,
-            "seed": str(self.seed),
+            "seed": str(self.asked.seed),
             "model": self.system.name,
             "size": str(self.size),
             "unclip": __version__,
-            "dtype": self.dtype.value,
+            "dtype": self.asked.dtype.value,
             **{key: value if isinstance(value, str) else json.dumps(value) for key, value in shown.items()},
         }
         if self.options:
             text["options"] = json.dumps(self.options)
-        path = self.writer.save(sheet, label, self.seed, text)
+        path = self.writer.save(sheet, label, self.asked.seed, text)
         body = {
             "path": str(path),
-            "seed": self.seed,
+            "seed": self.asked.seed,
             "size": self.size,
             "model": self.system.name,
             "seconds": {stage: round(s, 4) for stage, s in self.system.timings.seconds.items()},
             **shown,
             **(told or {}),
         }
-        print(json.dumps(body) if self.json_line else path, flush=True)
+        print(json.dumps(body) if self.asked.json_lines else path, flush=True)
 
 
-def prepare(
-    command: str,
-    model: str,
-    out: Path | None,
-    overwrite: bool,
-    seed: int,
-    size: int | None,
-    device: str,
-    dtype: opt.Dtype,
-    json_line: bool,
-    options: dict[str, Any],
-) -> Sheet:
+def prepare(command: str, asked: Sheets, options: dict[str, Any]) -> Sheet:
     """See that the sheet can be written, then load the model up to the size of its pictures."""
-    writer = PictureWriter(out, 1, overwrite)
-    import torch
-
+    writer, size = asked.writer(1), asked.size
     from unclip.bundle import read_manifest, resolve_model
     from unclip.parts import bundle_sizes
     from unclip.pipeline import UnCLIP
 
-    folder = resolve_model(model)
+    folder = resolve_model(asked.model)
     parts = read_manifest(folder)["parts"]
     if size is None and "decoder" in parts:
         sizes = bundle_sizes(folder, parts)
         size = max((edge for edge in sizes if edge <= _CELL), default=sizes[0])
-    system = UnCLIP.from_pretrained(folder, device=device, dtype=getattr(torch, dtype.value), size=size)
-    return Sheet(command, system, writer, seed, system.check_size(size), dtype, options, json_line)
+    system = UnCLIP.from_pretrained(folder, device=asked.device, dtype=asked.torch_dtype, size=size)
+    return Sheet(command, system, writer, asked, system.check_size(size), options)
 
 
 def fitted(image: Image, edge: int) -> Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from unclip.cli import options as opt
-from unclip.cli.output import PictureWriter
+from unclip.cli.groups import Place
 from unclip.cli.progress import Bars
 
 _SAMPLING = "How it samples (default: the model's own)"
@@ -46,94 +47,78 @@ NoiseLevel = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class Stages:
+    """How the upsamplers run."""
+
+    start: Start = None
+    steps: Steps = None
+    noise_level: NoiseLevel = None
+    memory_limit: opt.MemoryLimit = None
+
+
+@dataclass(frozen=True)
+class Alone(Place):
+    seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0
+
+
 def upscale(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="The pictures, in any aspect ratio.")],
     size: Size = None,
-    model: opt.Model = "emoji",
-    out: opt.Out = None,
-    seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0,
-    start: Start = None,
-    steps: Steps = None,
-    noise_level: NoiseLevel = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Stages,
+    place: Alone,
 ) -> None:
     """Upscale pictures with a model's upsamplers, nothing cropped.
 
     A picture is first reduced to the input of the highest stage that it fills (256 px for 256 to 1024), its longer
     edge counting, and drawn anew from there. The bundled model has seen emoji only: photos need a model of your own.
     """
-    options = opt.given(start=start, steps=steps, noise_level=noise_level, memory_limit=memory_limit)
-    _run("upscale", images, out, seed, options, (model, device, dtype, size), (json_lines, overwrite, quiet))
+    _run("upscale", images, size, opt.given(**vars(options)), place)
 
 
 def restore(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="The pictures, in any aspect ratio.")],
-    model: opt.Model = "emoji",
-    out: opt.Out = None,
-    seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0,
-    start: Start = None,
-    steps: Steps = None,
-    noise_level: NoiseLevel = None,
-    memory_limit: opt.MemoryLimit = None,
-    device: opt.Device = "auto",
-    dtype: opt.Precision = opt.Dtype.float32,
-    json_lines: opt.Json = False,
-    overwrite: opt.Overwrite = False,
-    quiet: opt.Quiet = False,
+    *,
+    options: Stages,
+    place: Alone,
 ) -> None:
     """Draw pictures anew at their own size with a model's upsamplers, rid of JPEG's blocks, noise and blur.
 
     A picture is reduced to the input of the highest stage below its size and drawn from there. What goes away is what
     the upsamplers were trained to undo. The bundled model has seen emoji only: photos need a model of your own.
     """
-    options = opt.given(start=start, steps=steps, noise_level=noise_level, memory_limit=memory_limit)
-    _run("restore", images, out, seed, options, (model, device, dtype, None), (json_lines, overwrite, quiet))
+    _run("restore", images, None, opt.given(**vars(options)), place)
 
 
-def _run(
-    command: str,
-    images: list[Path],
-    out: Path | None,
-    seed: int,
-    options: dict[str, Any],
-    place: tuple[str, str, opt.Dtype, int | None],
-    told: tuple[bool, bool, bool],
-) -> None:
+def _run(command: str, images: list[Path], size: int | None, options: dict[str, Any], place: Alone) -> None:
     """Load the upsamplers, and write what the method called `command` makes of each picture."""
-    import torch
-
     from unclip.data.images import load_image
     from unclip.upscaling import Upscaler
 
-    (model, device, dtype, size), (json_lines, overwrite, quiet) = place, told
     pictures = [load_image(image) for image in images]
-    writer = PictureWriter(out, len(pictures), overwrite)
-    system = Upscaler.from_pretrained(model, device=device, dtype=getattr(torch, dtype.value), size=size)
+    writer = place.writer(len(pictures))
+    system = Upscaler.from_pretrained(place.model, device=place.device, dtype=place.torch_dtype, size=size)
     method: Callable[..., list[Any]] = system.restore if command == "restore" else partial(system.upscale, size=size)
-    with Bars(quiet) as bars:
+    with Bars(place.quiet) as bars:
         for number, (source, picture) in enumerate(zip(images, pictures, strict=True)):
             bars.batch(number + 1, len(pictures))
-            result = method(picture, seed=seed, progress=bars, **options)[0]
+            result = method(picture, seed=place.seed, progress=bars, **options)[0]
             bars.close()
-            text = _metadata(command, system.name, seed, result.size, dtype, options)
+            text = _metadata(command, system.name, place.seed, result.size, place.dtype, options)
             label = "restored" if command == "restore" else max(result.size)
-            path = writer.save(result, f"{source.stem} {label}", seed, text)
+            path = writer.save(result, f"{source.stem} {label}", place.seed, text)
             seconds = {stage: round(s, 4) for stage, s in system.timings.seconds.items()}
             body = {
                 "path": str(path),
                 "image": str(source),
-                "seed": seed,
+                "seed": place.seed,
                 "width": result.width,
                 "height": result.height,
                 "model": system.name,
                 "seconds": seconds,
             }
-            print(json.dumps(body) if json_lines else path, flush=True)
+            print(json.dumps(body) if place.json_lines else path, flush=True)
 
 
 def _metadata(
