@@ -64,18 +64,18 @@ class AutoregressivePrior(TextConditioned):
         drop_text (B,) bool -> logits (B, K, buckets), float32; those of code k depend on the codes before it alone.
         """
         prefix, mask = self._prefix(dot, text_embedding, text_tokens, text_mask, drop_text)
-        sequence = torch.cat([prefix, self.code_in(codes[:, :-1]).to(prefix.dtype)], dim=1) + self.positions
+        codes_in = self.code_in(codes[:, :-1]).to(prefix.dtype) + self.positions[self.length + 2 :]
+        sequence = torch.cat([prefix, codes_in], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(codes), codes.shape[1] - 1)], dim=1)
         hidden = self.transformer(sequence, self_attn_kv_mask=mask)
-        return self.out(hidden[:, self.length + 1 :]).float()  # type: ignore[no-any-return]
+        return self.out(hidden[:, prefix.shape[1] - 1 :]).float()  # type: ignore[no-any-return]
 
     def start(
         self, *, dot: Tensor, text_embedding: Tensor, text_tokens: Tensor, text_mask: Tensor, drop_text: Tensor
     ) -> tuple[Tensor, Generation]:
         """Read the prefix -> logits of the first code (B, buckets), float32, and the state for `advance`."""
         prefix, mask = self._prefix(dot, text_embedding, text_tokens, text_mask, drop_text)
-        sequence = prefix + self.positions[: prefix.shape[1]]
-        hidden, cache = self.transformer(sequence, self_attn_kv_mask=mask, return_hiddens=True)
+        hidden, cache = self.transformer(prefix, self_attn_kv_mask=mask, return_hiddens=True)
         return self.out(hidden[:, -1]).float(), Generation(cache, mask, 0)
 
     def advance(self, generation: Generation, codes: Tensor) -> Tensor:
@@ -92,9 +92,10 @@ class AutoregressivePrior(TextConditioned):
     def _prefix(
         self, dot: Tensor, text_embedding: Tensor, text_tokens: Tensor, text_mask: Tensor, drop_text: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """-> (B, L + 2, W) without positions, mask (B, L + 2). Without a caption its dot product means nothing, so a
-        null takes its place too."""
+        """-> (B, K + 2, W) with positions, mask (B, K + 2), K as in `encode_text`. Without a caption its dot product
+        means nothing, so a null takes its place too."""
         tokens, text, mask = self.encode_text(text_embedding, text_tokens, text_mask, drop_text)
         product = torch.where(drop_text[:, None], self.null_dot.to(tokens.dtype), self.dot_in(dot).to(tokens.dtype))
         prefix = torch.cat([tokens, torch.stack([text.to(tokens.dtype), product], dim=1)], dim=1)
-        return prefix, torch.cat([mask, mask.new_ones(len(mask), 2)], dim=1)
+        positions = torch.cat([self.positions[: tokens.shape[1]], self.positions[self.length : self.length + 2]])
+        return prefix + positions, torch.cat([mask, mask.new_ones(len(mask), 2)], dim=1)

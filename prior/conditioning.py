@@ -15,6 +15,8 @@ from prior.config import SharedConfig, TextEncoderConfig
 from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
 
+_LENGTH_STEP = 8
+
 
 def _shape(config: SharedConfig | TextEncoderConfig) -> dict[str, Any]:
     """x-transformers' arguments for a Transformer of this size."""
@@ -49,7 +51,8 @@ class TextEncoder(nn.Module):
         self.transformer = BidirectionalTransformer(**_shape(config))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.transformer(self.token_in(tokens) + self.positions, self_attn_kv_mask=mask)  # type: ignore[no-any-return]
+        sequence = self.token_in(tokens) + self.positions[: tokens.shape[1]]
+        return self.transformer(sequence, self_attn_kv_mask=mask)  # type: ignore[no-any-return]
 
 
 class TextConditioned(nn.Module):
@@ -63,6 +66,7 @@ class TextConditioned(nn.Module):
         super().__init__()
         self.width, self.length = config.width, config.text_length
         self.reads_tokens, self.token_dim = config.text_tokens, config.token_dim
+        self.computes_padding = False  # as if every caption filled the context: a plan's supposition
         self.text_scale = config.text_scale or (config.embedding_dim**0.5 if config.embedding_length == "unit" else 1.0)
         own = config.text_encoder
         self.text_encoder = None if own is None else TextEncoder(own, config.token_dim, config.text_length)
@@ -91,7 +95,10 @@ class TextConditioned(nn.Module):
         self, text_embedding: Tensor, text_tokens: Tensor, text_mask: Tensor, drop_text: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """text_embedding (B, E), text_tokens (B, L, D), text_mask (B, L) bool, drop_text (B,) bool
-        -> tokens (B, L, W), embedding (B, W), mask (B, L) True = may be attended to.
+        -> tokens (B, K, W), embedding (B, W), mask (B, K) True = may be attended to.
+
+        K <= L holds all that is attended to: the padding behind the longest caption of the batch says nothing to
+        anybody, and most captions fill a fifth of the context.
         """
         if not self.reads_tokens:
             text_tokens = text_embedding.new_zeros(len(text_embedding), self.length, self.token_dim)
@@ -101,17 +108,34 @@ class TextConditioned(nn.Module):
             text_tokens = torch.where(drop_text[:, None, None], self.clip_null_tokens.to(dtype), text_tokens)
             text_mask = torch.where(drop_text[:, None], self.clip_null_mask, text_mask)
             text_embedding = torch.where(drop_text[:, None], self.clip_null_embedding.to(dtype), text_embedding)
+        filled = self._filled(text_mask, drop_text)
+        kept = self.length if filled is None else int(filled.max())
+        text_tokens, text_mask = text_tokens[:, :kept], text_mask[:, :kept]
         if self.text_encoder is not None:
             text_tokens = self.text_encoder(text_tokens, text_mask)
         tokens = self.token_in(text_tokens)
         text = self.text_in(text_embedding * self.text_scale)
         if self.learned_null:
-            tokens = torch.where(drop_text[:, None, None], self.null_tokens.to(tokens.dtype), tokens)
+            tokens = torch.where(drop_text[:, None, None], self.null_tokens[:kept].to(tokens.dtype), tokens)
             text = torch.where(drop_text[:, None], self.null_text.to(text.dtype), text)
             text_mask = text_mask | drop_text[:, None]
         if not self.reads_tokens:
             text_mask = torch.zeros_like(text_mask)
         return tokens, text, text_mask
+
+    def _filled(self, text_mask: Tensor, drop_text: Tensor) -> Tensor | None:
+        """Places (B,) int64 up to the last that is attended to, in steps of eight, so that few shapes occur; or None
+        where all shall be computed, or values cannot be looked at: on the meta device and in a graph being compiled.
+        """
+        if self.computes_padding or text_mask.is_meta or torch.compiler.is_compiling():
+            return None
+        places = torch.arange(1, self.length + 1, device=text_mask.device)
+        if not self.reads_tokens:
+            return torch.zeros_like(drop_text, dtype=torch.int64)
+        last = (text_mask * places).amax(1)
+        if self.learned_null:
+            last = torch.where(drop_text, self.length, last)
+        return ((last + _LENGTH_STEP - 1) // _LENGTH_STEP * _LENGTH_STEP).clamp_max(self.length)
 
 
 def text_embedding(text: TextFeatures, length: str) -> Tensor:

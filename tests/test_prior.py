@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prior import DiffusionPriorStage, PriorStage, prior_loss
+from prior.network import GROUPS
 from prior.sampling import KIND, best_of
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
@@ -279,3 +280,64 @@ def test_a_few_pairs_are_learned(changes: dict[str, Any], steps: int, guidance: 
     drawn = DiffusionPriorStage(prior, prior.config).sample(features, range(6), steps=25, guidance=guidance)
     cosine = F.cosine_similarity(drawn, truth)
     assert float(cosine.min()) > 0.9, cosine
+
+
+# ---- padding is not computed -------------------------------------------------------------------------------
+
+LONG = 40
+
+
+def long_inputs(count: int) -> dict[str, Tensor]:
+    """Captions of 3, 4, 5 … of 40 tokens, every fifth one dropped."""
+    mask = torch.arange(LONG) < torch.arange(3, 3 + count)[:, None]
+    drop = torch.arange(count) % 5 == 4
+    return {**inputs(count), "text_tokens": rand(count, LONG, TOKEN), "text_mask": mask, "drop_text": drop}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"null_text": "clip"}, {"text_encoder": {"width": 16, "depth": 1, "heads": 2}}]
+)
+def test_training_leaves_padding_out_and_changes_nothing(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prior, given = network(text_length=LONG, **options), long_inputs(12)
+    if options.get("null_text") == "clip":
+        prior.clip_null_tokens.copy_(rand(LONG, TOKEN, seed=5))
+        prior.clip_null_mask[:2] = True
+    seen: list[int] = []
+    prior.transformer.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[:2].numel()))
+
+    def answer() -> tuple[Tensor, dict[str, Tensor], int]:
+        seen.clear()
+        prior.zero_grad()
+        output = prior(**given)
+        output.square().sum().backward()
+        gradients = {name: p.grad.clone() for name, p in prior.named_parameters() if p.grad is not None}
+        return output.detach(), gradients, sum(seen)
+
+    prior.train()
+    trained, gradients, tokens = answer()
+    prior.eval()
+    evaluated, _, trimmed = answer()
+    monkeypatch.setattr(prior, "_filled", lambda *_: None)
+    whole, expected, every = answer()
+    assert every == 12 * (LONG + 4)
+    assert tokens < 0.7 * every and tokens < trimmed + 1
+    assert torch.allclose(trained, whole, atol=1e-5) and torch.allclose(evaluated, whole, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(gradients[name], gradient, atol=1e-4), name
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_transformer_runs_equally_often_whatever_the_batch(count: int, dropped: bool) -> None:
+    """Otherwise processes that share out the weights (ZeRO 3) would wait for each other for ever."""
+    prior, given = network(text_length=LONG).train(), long_inputs(count)
+    calls: list[None] = []
+    prior.transformer.register_forward_hook(lambda *_: calls.append(None))
+    given["drop_text"][:] = dropped
+    output = prior(**given)
+    output.sum().backward()
+    assert output.shape == (count, DIM) and len(calls) == GROUPS + 2  # the null: read, continued
+    assert all(p.grad is not None for p in prior.parameters())

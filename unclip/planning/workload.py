@@ -82,6 +82,7 @@ def _prior(recipe: Recipe, network: nn.Module) -> Workload:
     model: Any = recipe.config.model
     process = None if isinstance(model, AutoregressivePriorConfig) else GaussianDiffusion(model.diffusion)
     encoders = _Encoders(recipe, unit_length=model.embedding_length == "unit")
+    network.computes_padding = True  # type: ignore[assignment]
 
     def run(batch: int, frozen_done: Callable[[], None]) -> Tensor:
         embedding = encoders.images(_images(batch, _edge(recipe)))
@@ -94,7 +95,7 @@ def _prior(recipe: Recipe, network: nn.Module) -> Workload:
             losses = prior_loss(network, network, process, model, embedding, text, generator)  # type: ignore[arg-type]
         return losses["loss"].mean()
 
-    return Workload(network, encoders.modules, run)
+    return Workload(network, encoders.modules, run, ["captions fill the context; shorter ones take less"])
 
 
 def _decoder(recipe: Recipe, network: nn.Module) -> Workload:
