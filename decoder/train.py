@@ -82,7 +82,7 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
         return captioned_grid([real.cpu(), drawn.cpu()], batch["caption"])
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
-        save_part(folder, KIND, model, state)
+        save_part(folder, KIND, model, state, {"clip": memo.identity})
 
     write = tuning.exporting(export)
     return fit(network, loss_fn, batches, config.train, run_config=config, export=write, sample=sample)

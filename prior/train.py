@@ -68,7 +68,7 @@ def run(config: PriorRunConfig, distributed: Distributed, foreign: Reader | None
         return prior_loss(engine, network, process, network.config, embedding, text, generator)
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
-        save_part(folder, KIND, model, state)
+        save_part(folder, KIND, model, state, {"clip": memo.identity})
 
     dashboard = Dashboard(model, config.data, embed, distributed.device, config.dashboard_samples)
     folder = fit(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from helpers_bundle import make_parts
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import unclip.bundle
 from unclip import UnCLIP, UnclipError, UsageError
 from unclip.assemble import assemble
+from unclip.clip_identity import identify
 from unclip.describe import describe_model
 
 
@@ -59,6 +61,24 @@ def test_parts_that_do_not_fit_leave_nothing(tiny_parts: dict[str, Path], tmp_pa
     with pytest.raises(UnclipError, match="the decoder takes 8"):
         assemble(tmp_path / "b", {**tiny_parts, "decoder": foreign["decoder"]})
     assert not (tmp_path / "b").exists() and [p.name for p in tmp_path.iterdir()] == ["parts"]
+
+
+def test_a_stage_of_another_clip_is_refused(tiny_parts: dict[str, Path], tmp_path: Path) -> None:
+    """What a run writes down of its CLIP is compared with the bundle's, which may be in half precision."""
+    decoder, clip = tmp_path / "decoder", tmp_path / "clip"
+    shutil.copytree(tiny_parts["decoder"], decoder)
+    shutil.copytree(tiny_parts["clip"], clip)
+    body = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(json.dumps({**body, "clip": identify(str(clip))}))
+    few = {"clip": clip, "decoder": decoder}
+    assemble(tmp_path / "half", few)
+    assemble(tmp_path / "again", {"clip": tmp_path / "half" / "clip", "decoder": tmp_path / "half" / "decoder"})
+
+    weights = load_file(clip / "open_clip_model.safetensors")
+    save_file({name: value + 1 for name, value in weights.items()}, clip / "open_clip_model.safetensors")
+    with pytest.raises(UnclipError, match=r"the decoder in .* was trained with another CLIP .* weights are others"):
+        assemble(tmp_path / "b", few)
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(tiny_parts: dict[str, Path], tmp_path: Path) -> None:

@@ -162,6 +162,8 @@ def test_activations_of_linear_layers_in_closed_form() -> None:
 SMALL = ["model.unet.channel_mult=[1]", "model.unet.attention_resolutions=[16]"]
 MEASURED = {
     "prior in float32": ("prior/synthetic.yaml", ["model.depth=1"], "float32"),
+    "adapters of a prior": ("prior/emoji_lora.yaml", [], "float32"),
+    "frozen half of a decoder": ("decoder/synthetic_64.yaml", [*SMALL, "train.freeze=['unet.down.*']"], "float32"),
     "decoder in bfloat16": ("decoder/synthetic_64.yaml", SMALL, "bfloat16"),
     "checkpointed upsampler": (
         "upsampler/synthetic_64_to_256.yaml",
@@ -193,6 +195,8 @@ def test_planned_memory_is_what_a_step_needs(case: str) -> None:
     real.network.zero_grad(set_to_none=True)
     assert planned.peak(1.0) == pytest.approx(measured_peak(step), rel=0.15)
     assert planned.flops.total == counter.get_total_flops()
+    learning = sum(p.numel() for p in workload.network.parameters() if p.requires_grad)
+    assert learning == sum(p.numel() for p in real.network.parameters() if p.requires_grad)
     assert planned.flops.frozen > 0 or recipe.stage == "upsampler"
 
 

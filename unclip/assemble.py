@@ -31,6 +31,7 @@ from unclip.bundle import (
     write_json,
 )
 from unclip.clip import CONFIG_FILE
+from unclip.clip_identity import identify, same_clip
 from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
 from unclip.parts import apply_adapters
@@ -57,6 +58,7 @@ def assemble(
     missing or damaged, the parts do not fit together.
     """
     _check(out, parts, card, overwrite)
+    _check_clip(parts)
     kind = torch.float16 if dtype == "float16" else torch.float32
     with replacing(out) as temporary:
         for part in (name for name in PARTS if name in parts):
@@ -113,7 +115,8 @@ def merge(
     details["name"] = name or out.absolute().name
     with tempfile.TemporaryDirectory() as scratch:
         for part, stage in stages.items():
-            save_part(Path(scratch) / part, _KINDS[part], stage.config, stage.network.state_dict())
+            known = {"clip": read_part_json(parts[part], _KINDS[part]).get("clip")}
+            save_part(Path(scratch) / part, _KINDS[part], stage.config, stage.network.state_dict(), known)
             statistics = read_statistics(parts[part])
             if statistics is not None:  # close to those of the merged weights; `unclip statistics` measures them anew
                 save_statistics(Path(scratch) / part, statistics)
@@ -140,6 +143,18 @@ def _check(out: Path, parts: Mapping[str, Path], card: Path | None, overwrite: b
         )
     if card is not None and not card.is_file():
         raise UsageError(f"there is no model card at {card}")
+
+
+def _check_clip(parts: Mapping[str, Path]) -> None:
+    """The stages that were trained on a CLIP's embeddings remember which one it was."""
+    own = identify(str(parts["clip"]))
+    for part in ("prior", "decoder"):
+        known = read_part_json(parts[part], part).get("clip") if part in parts else None
+        if known and (difference := same_clip(known, own)):
+            raise UnclipError(
+                f"the {part} in {parts[part]} was trained with another CLIP than the one in {parts['clip']}: "
+                f"{difference}; name the CLIP of its run"
+            )
 
 
 def _copy_part(source: Path, target: Path, kind: str, dtype: torch.dtype) -> None:

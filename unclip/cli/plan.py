@@ -90,6 +90,8 @@ def _parameter_rows(counted: dict[str, Any]) -> list[list[str]]:
     if counted["stated"] is not None:
         stated, difference = f"{counted['stated']:,}", f"{counted['difference_percent']:+.2f} %"
     rows = [[counted["config"], "total", f"{counted['total']:,}", stated, difference]]
+    if counted["trainable"] < counted["total"]:
+        rows.append(["", "learning", f"{counted['trainable']:,}", "", ""])
     return rows + [["", f"  {name}", f"{count:,}", "", ""] for name, count in counted["parts"].items()]
 
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from unclip.clip import FrozenCLIP, TextFeatures, build_architecture, clip_loss
 from unclip.diffusion import GaussianDiffusion
 from unclip.planning.recipe import Recipe
 from unclip.planning.trace import Run
 from unclip.training import EmbeddingMemo
+from unclip.training.finetune import tune
 
 
 @dataclass
@@ -50,8 +52,15 @@ def build_network(recipe: Recipe) -> nn.Module:
 def open_workload(recipe: Recipe) -> Workload:
     """Network, encoders and step of a recipe; call and use this under `planning_tensors()`."""
     builders = {"clip": _clip, "prior": _prior, "decoder": _decoder, "upsampler": _upsampler}
-    network = build_network(recipe).train()
-    return builders[recipe.stage](recipe, network)
+    if recipe.config.train.lora is None:
+        network = build_network(recipe)
+        tune(network, recipe.config.train)
+    else:
+        with unset_fake_temporarily(), torch.device("meta"):  # peft cannot move tensors without memory
+            network = build_network(recipe)
+            tune(network, recipe.config.train)
+        network.to_empty(device="cpu")
+    return builders[recipe.stage](recipe, network.train())
 
 
 def _clip(recipe: Recipe, network: nn.Module) -> Workload:

@@ -29,11 +29,9 @@ class Tuning:
     def __init__(self, network: nn.Module, config: TrainConfig, kind: str, model: Any) -> None:
         self.network, self.kind, self.model, self.lora = network, kind, model, config.lora
         _check_run(config)
+        tune(network, config)
         if config.lora is not None:
-            add_adapter(network, config.lora, config.seed)
             self._shell = shell_of(network)
-            return
-        choose_trainable(network, config.freeze, config.trainable)
 
     def exporting(self, export: Callable[[dict[str, Tensor], Path], Any]) -> Callable[[dict[str, Tensor], Path], Path]:
         """`export` for a network that may have adapters: it gets the plain network's state, and `adapter/` is written
@@ -58,6 +56,14 @@ class Tuning:
     def writes_model(self) -> bool:
         """Whether the run ends with a whole model."""
         return self.lora is None or self.lora.export != "adapter"
+
+
+def tune(network: nn.Module, config: TrainConfig) -> None:
+    """Let learn what `train.freeze`, `train.trainable` or `train.lora` say. Raises as `Tuning`."""
+    if config.lora is not None:
+        add_adapter(network, config.lora, config.seed)
+    else:
+        choose_trainable(network, config.freeze, config.trainable)
 
 
 def choose_trainable(network: nn.Module, freeze: Sequence[str] = (), trainable: Sequence[str] = ()) -> None:

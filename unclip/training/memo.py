@@ -30,7 +30,7 @@ class EmbeddingMemo:
     Keyed by the caption and by the picture's bytes, so that it is right for augmented pictures too (and useless for
     them). Image embeddings have unit length, or the CLIP's own. `texts` encodes captions in the CLIP's place.
     `stored` describes the data where they are embeddings; what they hold is then never asked of the CLIP, and `clip`
-    may be None where they hold all.
+    may be None where they hold all. `identity` tells which CLIP it is (unclip.clip_identity).
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class EmbeddingMemo:
         texts: TextEncoder | None = None,
         stored: EmbeddingInfo | None = None,
         device: torch.device | str | None = None,
+        identity: dict[str, Any] | None = None,
     ) -> None:
         self._clip, self.size, self.unit_length, self.stored = clip, size, unit_length, stored
-        self._own_texts = texts
+        self._own_texts, self.identity = texts, identity
         self.device = torch.device(device) if device is not None else self.clip.device
         self._images: dict[bytes, Tensor] = {}
         self._texts: dict[str, TextFeatures] = {}
@@ -181,10 +182,11 @@ def open_memo(
 
     Raises UnclipError: no such CLIP, or the embeddings are another's; UsageError: they lack what the stage needs.
     """
-    stored = describe_embeddings(data)
+    stored, identity = describe_embeddings(data), identify(clip)
     if stored is None:
-        return EmbeddingMemo(FrozenCLIP.load(clip, device=device), size, unit_length=unit_length, device=device)
-    if stored.clip is not None and (difference := same_clip(stored.clip, identify(clip))):
+        asked = FrozenCLIP.load(clip, device=device)
+        return EmbeddingMemo(asked, size, unit_length=unit_length, device=device, identity=identity)
+    if stored.clip is not None and (difference := same_clip(stored.clip, identity)):
         raise UnclipError(
             f"the embeddings in {stored.folder} are not of the CLIP {clip!r}: {difference}; embed the data with it "
             "(`unclip embed --dataset`), or name the CLIP that they are of"
@@ -199,7 +201,7 @@ def open_memo(
             f"{stored.folder} holds no pictures, which a decoder learns to draw; embed the data again with "
             f"--pixels {data.image_size}"
         )
-    loaded = None
+    loaded, identity = None, stored.clip or identity
     if (reads_tokens and stored.token_dim is None) or not stored.has_text:
         loaded = FrozenCLIP.load(clip, device=device)
         if loaded.embedding_dim != stored.embedding_dim:
@@ -207,4 +209,4 @@ def open_memo(
                 f"the embeddings in {stored.folder} are {stored.embedding_dim} wide, those of the CLIP {clip!r} are "
                 f"{loaded.embedding_dim} wide; name the CLIP that they are of"
             )
-    return EmbeddingMemo(loaded, size, unit_length=unit_length, stored=stored, device=device)
+    return EmbeddingMemo(loaded, size, unit_length=unit_length, stored=stored, device=device, identity=identity)
