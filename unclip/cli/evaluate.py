@@ -131,9 +131,9 @@ def eval_(
     report.md and report.html. Started by torchrun or deepspeed the processes share the work.
     """
     from unclip.evaluation.drawing import Read
-    from unclip.evaluation.evaluate import Evaluation, evaluate
     from unclip.evaluation.features import Lpips
     from unclip.evaluation.figures import METRICS
+    from unclip.evaluation.measuring import Evaluation, evaluate
 
     config = _data(data, asked)
     ready = _Ready(asked, config, sampling.given(guidance_text=guidance_text), drawing=pictures is None)
@@ -246,7 +246,7 @@ def memorisation(
     Each sample's nearest training picture, by CLIP's features and by pixels, against how near held-out pictures come.
     Writes the report, the distances and a sheet of the closest pairs.
     """
-    from unclip.evaluation.memorisation import memorisation as measure
+    from unclip.evaluation import measure_memorisation
 
     if asked.features is Features.inception:
         raise UsageError("memorisation is measured by CLIP's features and pixels; leave --features out")
@@ -264,7 +264,7 @@ def memorisation(
     ready = _Ready(asked, config, sampling.given(guidance_text=guidance_text), small=True)
     assert ready.drawn is not None
     with _Told(asked.quiet) as told:
-        report = measure(
+        report = measure_memorisation(
             ready.drawn, ready.prompts, ready.real, _open(other, None, ready.size), ready.extractor, asked.out,
             size=ready.size, cache=asked.cache, share=ready.share, told=told,
         )  # fmt: skip
@@ -287,11 +287,9 @@ class _Ready:
         from unclip.evaluation.features import Extractor, Inception
         from unclip.evaluation.metrics import need_eval
         from unclip.evaluation.pieces import Share
-        from unclip.evaluation.report import need_matplotlib
         from unclip.parts import bundle_sizes
 
         need_eval()
-        need_matplotlib()
         check_writable(asked.out)
         if asked.inception is not None and asked.features is not Features.inception:
             raise UsageError("--inception names weights that --features clip does not use; add --features inception")

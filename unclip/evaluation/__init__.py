@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unclip.evaluation.evaluate import Evaluation, evaluate
-    from unclip.evaluation.memorisation import memorisation
+    from unclip.evaluation.measuring import Evaluation, evaluate
+    from unclip.evaluation.memorisation import measure_memorisation
     from unclip.evaluation.sweeps import sweep
 
-__all__ = ["Evaluation", "evaluate", "memorisation", "sweep"]
+__all__ = ["Evaluation", "evaluate", "measure_memorisation", "sweep"]
 
 _HOME = {
-    **dict.fromkeys(("Evaluation", "evaluate"), "unclip.evaluation.evaluate"),
-    "memorisation": "unclip.evaluation.memorisation",
+    **dict.fromkeys(("Evaluation", "evaluate"), "unclip.evaluation.measuring"),
+    "measure_memorisation": "unclip.evaluation.memorisation",
     "sweep": "unclip.evaluation.sweeps",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from unclip.evaluation import metrics as m
 from unclip.evaluation.dataset import EvaluationData
 from unclip.evaluation.drawing import THUMBNAIL
 from unclip.evaluation.features import Arrays, Extractor
-from unclip.evaluation.figures import clip_cosines, retrieved, subset
+from unclip.evaluation.figures import METRICS, clip_cosines, retrieved, subset
 from unclip.evaluation.report import Cell, Section, plot
 
 _SHOWN = 48
@@ -30,15 +30,17 @@ def score_plots(
     each: int,
     fitted: Callable[[Tensor], dict[str, Tensor]],
     values: dict[str, Any],
+    wanted: Sequence[str] = METRICS,
 ) -> list[Section]:
     """How the CLIP scores are spread, R@k by k, and the Fréchet distance by the number of samples, which it depends on.
     The curves go into `values` too.
     """
-    spread = {"own caption": clip_cosines(drawn, each), "real pictures": clip_cosines(real, 1)}
+    spread = {"samples": clip_cosines(drawn, each), "real pictures": clip_cosines(real, 1)}
     if len(drawn["number"]) > 1:
-        spread["another's caption"] = clip_cosines(drawn, each, 1)
-    as_many = subset(real, len(drawn["number"]))
-    recalls = {"samples": retrieved(drawn, each, _KS), "real pictures": retrieved(as_many, 1, _KS)}
+        spread["samples, another caption"] = clip_cosines(drawn, each, 1)
+    as_many, recalls = subset(real, len(drawn["number"])), dict[str, dict[int, float]]()
+    if "retrieval" in wanted:
+        recalls = {"samples": retrieved(drawn, each, _KS), "real pictures": retrieved(as_many, 1, _KS)}
     counts, distances = by_count(extractor.compared(drawn), fitted(extractor.compared(real)))
     values["curves"] = {
         "retrieval": {name: {str(k): value for k, value in found.items()} for name, found in recalls.items()},
@@ -53,20 +55,20 @@ def score_plots(
         for name, cosines in spread.items():
             axes[0].hist(cosines.numpy(), bins, density=True, alpha=0.5, label=name)
         axes[0].set(title="cosine of picture and caption", xlabel="cosine", ylabel="density")
+        axes[0].legend(fontsize=7)
+        axes[1].plot(counts, distances, marker="o", markersize=3)
+        axes[1].set(title=f"{names.frechet} by number of samples", xlabel="samples")
+        axes[1].set_ylim(bottom=0)
         for name, found in recalls.items():
-            axes[1].plot(list(found), list(found.values()), marker="o", markersize=3, label=name)
-        axes[1].set(title="R@k", xlabel="k", ylim=(0, 1.03))
-        axes[2].plot(counts, distances, marker="o", markersize=3)
-        axes[2].set(title=f"{names.frechet} by number of samples", xlabel="samples")
-        axes[2].set_ylim(bottom=0)
-        for one in axes[:2]:
-            one.legend(fontsize=7)
+            axes[2].plot(list(found), list(found.values()), marker="o", markersize=3, label=name)
+            axes[2].set(title="R@k", xlabel="k", ylim=(0, 1.03))
+            axes[2].legend(fontsize=7)
 
     text = (
         f"{names.frechet} {names.note()}. A Fréchet distance falls as the samples become more, so that figures are "
         "comparable for equal numbers alone."
     )
-    return [Section("Curves", text, picture=("curves", plot(3, draw)))]
+    return [Section("Curves", text, picture=("curves", plot(3 if recalls else 2, draw)))]
 
 
 def by_count(samples: Tensor, real: dict[str, Tensor]) -> tuple[list[int], list[float]]:

@@ -19,13 +19,13 @@ from unclip.data.lettering import labelled_sheet
 from unclip.errors import UsageError
 from unclip.evaluation.dataset import EvaluationData, describe
 from unclip.evaluation.drawing import THUMBNAIL, SampleFeatures, Source
-from unclip.evaluation.evaluate import Told, nobody
 from unclip.evaluation.features import Arrays, Extractor
 from unclip.evaluation.gallery import to_picture
+from unclip.evaluation.measuring import Told, nobody
 from unclip.evaluation.metrics import mean_and_error, nearest, need_eval
 from unclip.evaluation.pieces import Share, begin
 from unclip.evaluation.real import RealFeatures, default_cache
-from unclip.evaluation.report import Figure, Report, Section, made_with, need_matplotlib, plot
+from unclip.evaluation.report import Figure, Report, Section, made_with, plot
 
 PERCENTILE = 1.0
 """Of the held-out pictures' distances; what lies below it is counted as suspiciously close."""
@@ -74,7 +74,7 @@ def space(arrays: Arrays, name: str) -> Tensor:
     return small / small.shape[1] ** 0.5
 
 
-def memorisation(
+def measure_memorisation(
     source: Source,
     prompts: EvaluationData,
     train: EvaluationData,
@@ -94,7 +94,6 @@ def memorisation(
     was begun with other settings, a package is missing.
     """
     need_eval()
-    need_matplotlib()
     share = Share() if share is None else share
     about_data = {"train": describe(train.config), "held out": describe(held_out.config)}
     where = {**describe(prompts.config), "limit": prompts.limit}

@@ -22,15 +22,22 @@ _BLOCK = 1024
 
 def need_eval() -> None:
     """UnclipError unless the packages of the extra `eval` are installed."""
-    try:
-        import torch_fidelity  # noqa: F401
-        import torchmetrics  # noqa: F401
-        import torchvision  # noqa: F401
-    except ImportError as error:
+    missing = [name for name in ("torch_fidelity", "torchmetrics", "matplotlib") if not _is_there(name)]
+    if missing:
         raise UnclipError(
-            "measuring needs the packages torchmetrics and torch-fidelity; install them with: pip install "
+            f"measuring needs the package {missing[0].replace('_', '-')}; install all it needs with: pip install "
             "'unclip[eval]'"
-        ) from error
+        )
+
+
+def _is_there(package: str) -> bool:
+    """Whether it is installed; importing it would take seconds."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # it is in sys.modules without a specification
+        return False
 
 
 def frechet_distance(samples: Tensor, real: Tensor) -> float:

@@ -183,22 +183,11 @@ def write_file(file: Path, content: bytes) -> None:
         raise UnclipError(f"cannot write {file}: {error.strerror or error}") from error
 
 
-def need_matplotlib() -> None:
-    """UnclipError unless matplotlib is installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UnclipError(
-            "drawing curves needs the package matplotlib; install it with: pip install 'unclip[eval]'"
-        ) from error
-
-
 def plot(panels: int, draw: Callable[[list[Any]], None], *, columns: int = 3, width: float = 4.0) -> Image:
     """A picture of `panels` axes, which `draw` fills."""
     from matplotlib.figure import Figure as Canvas
     from PIL import Image
 
-    need_matplotlib()
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
     canvas = Canvas(figsize=(width * columns + 0.3, 3.1 * rows + 0.2), layout="constrained")

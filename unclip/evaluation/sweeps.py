@@ -17,14 +17,14 @@ from unclip.diffusion.samplers import ddpm_large
 from unclip.errors import UnclipError, UsageError
 from unclip.evaluation.dataset import EvaluationData, describe
 from unclip.evaluation.drawing import Drawn, SampleFeatures
-from unclip.evaluation.evaluate import Told, nobody
 from unclip.evaluation.features import Arrays, Extractor
 from unclip.evaluation.figures import figures_of
 from unclip.evaluation.gallery import to_picture
+from unclip.evaluation.measuring import Told, nobody
 from unclip.evaluation.metrics import need_eval
 from unclip.evaluation.pieces import Share, begin
 from unclip.evaluation.real import RealFeatures, default_cache
-from unclip.evaluation.report import Figure, Report, Section, made_with, need_matplotlib, number, plot
+from unclip.evaluation.report import Figure, Report, Section, made_with, number, plot
 from unclip.probing import CONDITIONINGS
 
 if TYPE_CHECKING:
@@ -128,12 +128,11 @@ def sweep(
     Raises UnclipError: `out` was begun with other settings, an option that the model cannot follow.
     """
     need_eval()
-    need_matplotlib()
     share = Share() if share is None else share
+    sources = [_at(drawn, point) for point in asked.points]  # refuses what cannot be drawn before anything is written
     network = {"network": extractor.identity, "size": size}
     where = {**describe(prompts.config), "limit": prompts.limit}
     begin(out, {"kind": asked.title, "source": drawn.identity, "prompts": where, **network})
-    sources = [_at(drawn, point) for point in asked.points]
     truth = RealFeatures(real, extractor, size, cache or default_cache())
     truth.make(share, lambda number: told("real pictures", number))
     points = []

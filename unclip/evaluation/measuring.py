@@ -16,7 +16,7 @@ from unclip.evaluation.gallery import gallery, reconstructions, score_plots
 from unclip.evaluation.metrics import need_eval
 from unclip.evaluation.pieces import Pieces, Share, begin
 from unclip.evaluation.real import RealFeatures, default_cache
-from unclip.evaluation.report import Report, made_with, need_matplotlib
+from unclip.evaluation.report import Report, made_with
 
 if TYPE_CHECKING:
     from unclip.pipeline import UnCLIP
@@ -77,7 +77,6 @@ def evaluate(
     Entered again, it goes on. Raises UnclipError: `out` was begun with other settings, a package is missing.
     """
     need_eval()
-    need_matplotlib()
     share = Share() if share is None else share
     begin(out, asked.settings)
     real = RealFeatures(asked.real, asked.extractor, asked.size, cache or default_cache())
@@ -115,7 +114,7 @@ def _report(asked: Evaluation, drawn: Arrays, real: RealFeatures, again: Arrays)
         about["skipped"] = asked.real.tally.report()
     figures = figures_of(asked.extractor, drawn, arrays, each, asked.metrics, asked.lpips, real.gaussian)
     values: dict[str, Any] = {}
-    sections = score_plots(asked.extractor, drawn, arrays, each, real.gaussian, values)
+    sections = score_plots(asked.extractor, drawn, arrays, each, real.gaussian, values, asked.metrics)
     if again and len(again["psnr"]):
         figures += reconstruction_figures(again)
         sections.append(reconstructions(again))
