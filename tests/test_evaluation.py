@@ -210,6 +210,17 @@ def test_which_samples(tmp_path: Path, folder: Path) -> None:
     assert "1 broken sample was skipped" in rows.tally.report()
 
 
+def test_broken_pictures_are_counted_in_the_report(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Also where they were met by another process, or before."""
+    broken = write_folder(tmp_path / "broken", 40)
+    (broken / "images" / "2.png").write_bytes(b"nothing")
+    asked = evaluation(tiny_bundle, broken, 5, metrics=("frechet",))
+    evaluate(asked, tmp_path / "out", cache=tmp_path / "cache", share=Share(0, 2))
+    report = evaluate(asked, tmp_path / "out", cache=tmp_path / "cache", share=Share(1, 2))
+    assert report is not None and report.about["skipped"] == "real pictures that could not be read: 1"
+    assert report.about["real pictures"].startswith("39 of ")
+
+
 def test_stored_embeddings_take_the_place_of_pictures(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
     from unclip.precompute import embed_dataset
 

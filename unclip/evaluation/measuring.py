@@ -110,8 +110,8 @@ def _report(asked: Evaluation, drawn: Arrays, real: RealFeatures, again: Arrays)
         "settings": asked.source.identity,
         "made with": made_with(asked.extractor.clip.device),
     }
-    if asked.real.tally.report():
-        about["skipped"] = asked.real.tally.report()
+    if real.unreadable:
+        about["skipped"] = f"real pictures that could not be read: {real.unreadable}"
     figures = figures_of(asked.extractor, drawn, arrays, each, asked.metrics, asked.lpips, real.gaussian)
     values: dict[str, Any] = {}
     sections = score_plots(asked.extractor, drawn, arrays, each, real.gaussian, values, asked.metrics)

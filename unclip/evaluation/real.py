@@ -46,7 +46,7 @@ class RealFeatures:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.key: dict[str, Any] = key
         self.pieces = Pieces(cache / name, "real")
-        self.found = self.made = 0
+        self.found = self.made = self.unreadable = 0
         self.count: int | None = None
 
     def make(self, share: Share, told: Callable[[int], None] = lambda _: None) -> None:
@@ -76,11 +76,12 @@ class RealFeatures:
         return self.count is not None and self.pieces.complete(self.count)
 
     def load(self) -> Arrays:
-        """"number" and "caption" (N,), "clip", "texts" and what else the extractor makes. UnclipError: nothing could be
-        read.
+        """"number" and "caption" (N,), "clip", "texts" and what else the extractor makes; `unreadable` counts the
+        pictures that could not be. UnclipError: all of them.
         """
         assert self.count is not None
         arrays = self.pieces.load(self.count)
+        self.unreadable = int(arrays.pop("unreadable").sum())
         if not len(arrays.get("number", ())):
             source = self.data.config.source
             raise UnclipError(f"no sample of the data set {source!r} can be used: {self.data.tally.report()}")
@@ -97,8 +98,11 @@ class RealFeatures:
 
     def _piece(self, samples: list[Any]) -> Arrays:
         kept, arrays = self.extractor.real(self.data, samples, self.size) if samples else ([], {})
+        unreadable = np.array([len(samples) - len(kept)])
         if not kept:
-            return {"number": np.zeros(0, np.int64)}
+            return {"number": np.zeros(0, np.int64), "unreadable": unreadable}
         captions = [sample.caption for sample in kept]
         numbers = np.array([sample.number for sample in kept], np.int64)
-        return {"number": numbers, "caption": np.array(captions), "texts": self.extractor.texts(captions), **arrays}
+        texts = self.extractor.texts(captions)
+        about = {"number": numbers, "caption": np.array(captions), "unreadable": unreadable}
+        return {**about, "texts": texts, **arrays}
