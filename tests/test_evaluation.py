@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, folder: Path) -> tuple[Path, Path, Report]:
     """One process's evaluation: its folder, the cache, and the report."""
     root = tmp_path_factory.mktemp("alone")
-    asked = evaluation(tiny_bundle, folder, num_images=2, reconstructions=10)
+    asked = evaluation(tiny_bundle, folder, num_images=2, reconstructions=10, reconstruction_steps=4)
     report = evaluate(asked, root / "out", cache=root / "cache")
     assert report is not None
     return root / "out", root / "cache", report
@@ -123,7 +123,7 @@ def test_two_processes_write_what_one_does(
 def test_a_process_that_is_done_first_leaves_the_report_to_the_last(
     alone: tuple[Path, Path, Report], tiny_bundle: Path, folder: Path, tmp_path: Path
 ) -> None:
-    asked = evaluation(tiny_bundle, folder, num_images=2, reconstructions=10)
+    asked = evaluation(tiny_bundle, folder, num_images=2, reconstructions=10, reconstruction_steps=4)
     assert evaluate(asked, tmp_path / "out", cache=tmp_path / "cache", share=Share(0, 2)) is None
     assert not (tmp_path / "out" / "report.json").exists()
     report = evaluate(asked, tmp_path / "out", cache=tmp_path / "cache", share=Share(1, 2))
@@ -304,10 +304,10 @@ def test_sweeps(tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: py
     again = run(guidance_sweep([1, 2, 3]), "guidance")
     assert made[2:] == ["guidance-2"] and again["guidance 3"] == first["guidance 3"]
     assert first["guidance 1"]["clip_score"] != first["guidance 3"]["clip_score"]
-    steps = run(steps_sweep([2, 5], [0, "hat"], ["ddim", "dpmpp_2m"]), "steps")
-    assert list(steps) == [f"{line}, {n} steps" for line in ("ddim η = 0", "ddim η = σ̂", "dpmpp_2m") for n in (2, 5)]
+    steps = run(steps_sweep([2], [0, "hat"], ["ddim", "dpmpp_2m"]), "steps")
+    assert list(steps) == [f"{line}, {n} steps" for line in ("ddim η = 0", "ddim η = σ̂", "dpmpp_2m") for n in (2,)]
     # In two steps, of which the last is of first order, DPM-Solver++ is DDIM.
-    assert len({point["frechet"] for point in steps.values()}) == 5
+    assert len({point["frechet"] for point in steps.values()}) == 2
     ways = run(prior_sweep(), "prior", guidance=1.0)
     assert list(ways) == ["caption", "text embedding", "prior"]
     # The same captions and noise: the prior's point is what the model draws.

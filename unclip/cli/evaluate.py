@@ -153,11 +153,11 @@ def eval_(
         ready.real,
         ready.extractor,
         ready.size,
-        found,
-        None if ready.drawn is None else ready.drawn.system,
-        reconstructions,
-        metrics or METRICS,
-        asked.seed,
+        lpips=found,
+        system=None if ready.drawn is None else ready.drawn.system,
+        reconstructions=reconstructions,
+        metrics=metrics or METRICS,
+        seed=asked.seed,
     )
     with _Told(asked.quiet) as told:
         report = evaluate(evaluation, asked.out, cache=asked.cache, share=ready.share, told=told)

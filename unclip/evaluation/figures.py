@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from unclip.evaluation import metrics as m
-from unclip.evaluation.drawing import RECONSTRUCTION_STEPS
 from unclip.evaluation.features import Arrays, Extractor, Lpips
 from unclip.evaluation.report import Figure
 
@@ -103,8 +102,8 @@ def _clip_figures(
     return found
 
 
-def reconstruction_figures(again: Arrays) -> list[Figure]:
-    note = f"{len(again['psnr'])} real pictures to (z_i, x_T) and back, {RECONSTRUCTION_STEPS} steps, decoder's size"
+def reconstruction_figures(again: Arrays, steps: int) -> list[Figure]:
+    note = f"{len(again['psnr'])} real pictures to (z_i, x_T) and back, {steps} steps, decoder's size"
     psnr = m.mean_and_error(torch.from_numpy(again["psnr"]))
     ssim = m.mean_and_error(torch.from_numpy(again["ssim"]))
     return [

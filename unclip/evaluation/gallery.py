@@ -65,7 +65,7 @@ def score_plots(
             axes[2].legend(fontsize=7)
 
     text = (
-        f"{names.frechet} {names.note()}. A Fréchet distance falls as the samples become more, so that figures are "
+        f"{names.frechet} is {names.note()}. A Fréchet distance falls as the samples become more, so that figures are "
         "comparable for equal numbers alone."
     )
     return [Section("Curves", text, picture=("curves", plot(3 if recalls else 2, draw)))]

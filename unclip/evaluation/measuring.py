@@ -43,6 +43,7 @@ class Evaluation:
     lpips: Lpips | None = None
     system: UnCLIP | None = None
     reconstructions: int = 32
+    reconstruction_steps: int = RECONSTRUCTION_STEPS
     metrics: Sequence[str] = METRICS
     seed: int = 0
 
@@ -60,7 +61,7 @@ class Evaluation:
             "network": self.extractor.identity,
             "lpips": None if self.lpips is None else self.lpips.identity,
             "size": self.size,
-            "reconstructions": self.reconstructions if self.reconstructing else 0,
+            "reconstructions": [self.reconstructions, self.reconstruction_steps] if self.reconstructing else None,
         }
 
     @property
@@ -86,7 +87,7 @@ def evaluate(
     again, count = Pieces(out / "pieces", "reconstructions"), 0
     if asked.reconstructing:
         assert asked.system is not None
-        how = {"steps": RECONSTRUCTION_STEPS, "seed": asked.seed}
+        how = {"steps": asked.reconstruction_steps, "seed": asked.seed}
         count = reconstruct_pieces(asked.system, asked.prompts, asked.reconstructions, again, share, **how)
     if not (real.complete and samples.complete and again.complete(count)):
         return None
@@ -116,7 +117,7 @@ def _report(asked: Evaluation, drawn: Arrays, real: RealFeatures, again: Arrays)
     values: dict[str, Any] = {}
     sections = score_plots(asked.extractor, drawn, arrays, each, real.gaussian, values, asked.metrics)
     if again and len(again["psnr"]):
-        figures += reconstruction_figures(again)
+        figures += reconstruction_figures(again, asked.reconstruction_steps)
         sections.append(reconstructions(again))
     same = asked.real.config == asked.prompts.config and asked.prompts.has_pictures
     sections += gallery(drawn, asked.prompts if same else None, each)

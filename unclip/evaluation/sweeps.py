@@ -188,7 +188,7 @@ def _report(
             for point, figures in zip(asked.points, found, strict=True)
         ]
     }
-    text = f"{extractor.names.frechet} and {extractor.names.kernel} {extractor.names.note()}."
+    text = f"{extractor.names.frechet} and {extractor.names.kernel} are {extractor.names.note()}."
     sections = [
         Section("Curves", text, picture=("sweep", picture)),
         Section("Points", "", ([asked.axis or "condition", *names], rows)),
