@@ -48,6 +48,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_bundle: Path, folder: P
     return root / "out", root / "cache", report
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty picture for each plot, since drawing them takes longer than all else."""
+    from unclip.evaluation import gallery
+    from unclip.evaluation import memorisation as memory
+
+    for module in (gallery, memory):
+        monkeypatch.setattr(module, "plot", lambda *_, **__: Image.new("RGB", (8, 8)))
+
+
 def test_the_report(alone: tuple[Path, Path, Report], tiny_bundle: Path, folder: Path) -> None:
     out, _, report = alone
     body = json.loads((out / "report.json").read_text(encoding="utf-8"))
@@ -120,6 +130,7 @@ def test_two_processes_write_what_one_does(
         assert (out / f"{name}.png").read_bytes() == (tmp_path / "out" / f"{name}.png").read_bytes()
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_a_process_that_is_done_first_leaves_the_report_to_the_last(
     alone: tuple[Path, Path, Report], tiny_bundle: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +141,7 @@ def test_a_process_that_is_done_first_leaves_the_report_to_the_last(
     assert report is not None and report.json() == (alone[0] / "report.json").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_what_was_killed_goes_on(
     tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +222,7 @@ def test_which_samples(tmp_path: Path, folder: Path) -> None:
     assert "1 broken sample was skipped" in rows.tally.report()
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_broken_pictures_are_counted_in_the_report(tiny_bundle: Path, tmp_path: Path) -> None:
     """Also where they were met by another process, or before."""
     broken = write_folder(tmp_path / "broken", 40)
@@ -244,6 +257,7 @@ def test_stored_embeddings_take_the_place_of_pictures(tiny_bundle: Path, folder:
         RealFeatures(data(tmp_path / "embedded"), network, SIZE, tmp_path / "d").make(Share())
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_pictures_that_are_the_data_set(tiny_bundle: Path, folder: Path, tmp_path: Path) -> None:
     """Of a set against itself every distance is 0, and nothing is missed; memorised is all of it."""
     asked = replace(evaluation(tiny_bundle, folder), source=Read(data(folder), SIZE), prompts=data(folder), system=None)
