@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from conftest import example
 from helpers_personalise import SIZE, drawing, make_system, write_pictures
 from torch import Tensor
 
@@ -28,20 +26,6 @@ PLACES = (-0.04, 0.0, 0.04)
 BRIEF: dict[str, Any] = {"batch_size": 8, "log_every": 20, "checkpoint_every": 1000, "wandb": {"mode": "disabled"}}
 
 
-def script(name: str) -> ModuleType:
-    """A file of the example as a module; it is no part of the package."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location(f"personalise_{name}", FOLDER / f"{name}.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FOLDER))
-    return module
-
-
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that draws shapes and has never met a yellow cross."""
@@ -55,7 +39,7 @@ def distance(drawn: Tensor, wanted: Tensor) -> Tensor:
 
 def test_a_held_out_combination_is_recovered_by_a_word_alone(shapes: Path, tmp_path: Path) -> None:
     """Textual inversion: the networks are frozen, and the word leads to a picture that no known word led to."""
-    inversion = script("textual_inversion")
+    inversion = example("personalise/textual_inversion")
     subject = torch.stack([drawing(*HELD_OUT, right=place) for place in PLACES])
     source = write_pictures(tmp_path / "subject", subject, ["whatever"] * 3)
     train = {**BRIEF, "run_dir": str(tmp_path / "run"), "steps": 60, "optimizer": {"lr": 0.03}, "ema_decay": 0.9}
@@ -87,7 +71,7 @@ def test_a_subject_is_recovered_and_its_class_kept(shapes: Path, tmp_path: Path)
     write_pictures(tmp_path / "subject", subject, ["zorb cross"] * 3)
     model = UnCLIP.from_pretrained(shapes)
     prompts = [f"{colour} cross" for colour in ("red", "blue", "green", "black")]
-    script("class_pictures").draw(model, prompts, tmp_path / "class", 2, SIZE)
+    example("personalise/class_pictures").draw(model, prompts, tmp_path / "class", 2, SIZE)
     kept = model.sample(prompts, num_images=2, seed=50, output="tensor")
 
     def tune(name: str, weights: dict[str, float]) -> tuple[float, float]:
@@ -117,14 +101,14 @@ def test_a_subject_is_recovered_and_its_class_kept(shapes: Path, tmp_path: Path)
 
 
 def test_the_recipes_are_what_they_say(shapes: Path, tmp_path: Path) -> None:
-    inversion = script("textual_inversion")
+    inversion = example("personalise/textual_inversion")
     recipe = load_config(inversion.InversionConfig, FOLDER / "textual_inversion.yaml")
     assert recipe.bundle == "emoji" and recipe.model.name == "<zorb>"
     for stage, kind in (("decoder", DecoderRunConfig), ("prior", PriorRunConfig)):
         config: Any = load_config(kind, FOLDER / f"dreambooth_{stage}.yaml")
         assert [source.source for source in config.data.sources] == ["data/subject", "data/class"]
         assert config.train.lora is not None and config.init_from == "emoji"
-    drawn = script("subject").pictures()
+    drawn = example("personalise/subject").pictures()
     assert len(drawn) == 5 and len({image.tobytes() for image in drawn}) == 5
 
 
@@ -141,7 +125,7 @@ def test_the_recipes_are_what_they_say(shapes: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_learned_is_refused(
     changes: dict[str, Any], message: str, shapes: Path, tmp_path: Path
 ) -> None:
-    inversion = script("textual_inversion")
+    inversion = example("personalise/textual_inversion")
     body = {"bundle": str(shapes), "data": {"image_size": SIZE}, "train": {**BRIEF, "run_dir": str(tmp_path / "run")}}
     with pytest.raises(UsageError, match=message):
         inversion.run(parse_config(inversion.InversionConfig, {**body, **changes}), current())
