@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import figures_editing
+import figures_examples
 import figures_manipulations
 import figures_probing
 import matplotlib
@@ -188,6 +189,7 @@ FIGURES: dict[str, Callable[[], Image.Image | None]] = {
     "variances": variances,
     "trajectory": trajectory,
     **figures_editing.FIGURES,
+    **figures_examples.FIGURES,
     **figures_manipulations.FIGURES,
     **figures_probing.FIGURES,
 }

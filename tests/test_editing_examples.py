@@ -146,9 +146,8 @@ def test_the_less_the_prompt_weighs_the_nearer_is_the_picture() -> None:
     for nu in (0.0, 0.5, 0.9, 1.0):
         sampler = mixing(layout, process.timesteps, nu, 0.1, 0.7)
         heard = list[int]()
-        drawn = sampler(
-            denoiser, noise.draw((3, 8, 8)).double(), steps, noise, callback=lambda _n, total, _x, h=heard: h.append(total)
-        )
+        start = noise.draw((3, 8, 8)).double()
+        drawn = sampler(denoiser, start, steps, noise, callback=lambda _n, total, _x, h=heard: h.append(total))
         assert set(heard) == {len(heard)} and len(heard) == sum((step.t + 1) / 1000 <= 0.7 for step in steps)
         far.append(float((drawn - layout).square().mean()))
         noise = SeededNoise([0])
