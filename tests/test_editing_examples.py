@@ -171,3 +171,24 @@ def test_imagic(model: UnCLIP, picture: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in model.decoder.network.state_dict().items())
     with pytest.raises(UsageError, match="expected 0 or more"):
         module.imagic(model, picture, "pizza", network_steps=-1)
+
+
+def test_what_a_caption_says_is_measured(model: UnCLIP) -> None:
+    module = example("editing/measure")
+    prompts = ("pizza", "a red apple")
+    for shares in module.attention_shares(model, prompts).values():
+        assert shares["caption"] + shares["embedding"] + shares["places"] == pytest.approx(1, abs=1e-5)
+        lengths = model.embed_text(prompts).mask.sum(1)
+        alike = (lengths / (lengths + model.decoder.config.image_tokens + 64)).mean()
+        assert shares["alike"] == pytest.approx(float(alike), abs=1e-5)
+    moved = module.movements(model, prompts)
+    assert set(moved) >= {"another seed", "no caption", "another prompt's caption"} and all(moved.values())
+    with torch.no_grad():  # a decoder that cannot read captions
+        before = [(p, p.clone()) for p in model.decoder.network.text_norm.parameters()]
+        for parameter, _ in before:
+            parameter.zero_()
+    deaf = module.movements(model, prompts)
+    with torch.no_grad():
+        for parameter, value in before:
+            parameter.copy_(value)
+    assert deaf["another prompt's caption"] < 1e-3 * moved["another prompt's caption"] + 1e-3

@@ -130,3 +130,24 @@ def test_what_cannot_be_learned_is_refused(
     with pytest.raises(UsageError, match=message):
         inversion.run(parse_config(inversion.InversionConfig, {**body, **changes}), current())
     assert not (tmp_path / "run").exists()
+
+
+def test_what_was_recovered_is_measured(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word that spells another one has that one's figures; what is not changed has not moved."""
+    recover = example("personalise/recover")
+    clip = UnCLIP.from_pretrained(tiny_bundle, size=64).clip
+    (tmp_path / "token").mkdir()
+    clip.learned({"<zorb>": clip.token_vectors("zorb apple")}, {}).save(tmp_path / "token" / "token.safetensors")
+    ways = [way for way in recover.WAYS if not way.adapters]
+    monkeypatch.setattr(recover, "WAYS", ways)
+    monkeypatch.setattr(recover, "IMAGES", 3)
+    found = recover.recover(tmp_path, str(tiny_bundle))
+    before, word = found["before"], found["textual inversion"]
+    assert before.distance == word.distance > 10 and before.cosine == word.cosine
+    assert all(one.class_moved == one.others_moved == 0 for one in found.values())
+    lines = recover.table(found).splitlines()
+    assert len(lines) == 2 + len(ways) and lines[2].startswith(f"| before | {before.distance:.1f} | ")
+    sheet = recover.sheet(found)
+    assert sheet.height > len(ways) * 72 and len(sheet.convert("RGB").getcolors(1 << 20) or []) > 50
