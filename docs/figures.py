@@ -1,8 +1,8 @@
 """Draw the documentation's figures from the code and the bundled model: `python docs/figures.py [--only NAME …]`.
 
 All seeds are fixed. `personalise` trains first, for some minutes, unless RUNS in the environment names the runs of
-examples/personalise/train.sh. Two figures are not of the bundled model and not drawn here: synthetic.png, the tutorial's last
-pictures (examples/synthetic), and watching.png, `unclip plot` of the tutorial's prior.
+examples/personalise/train.sh. Two figures are not of the bundled model and not drawn here: synthetic.png, the
+tutorial's last pictures (examples/synthetic), and watching.png, `unclip plot` of the tutorial's prior.
 """
 
 from __future__ import annotations
