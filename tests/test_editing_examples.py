@@ -154,15 +154,16 @@ def test_the_less_the_prompt_weighs_the_nearer_is_the_picture() -> None:
     assert far == sorted(far) and far[0] < 0.5 * far[-1], far
 
 
-def test_imagic(model: UnCLIP, picture: Path) -> None:
+def test_imagic(model: UnCLIP, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = example("editing/imagic")
+    monkeypatch.setattr(module, "BATCH", 2)
     from unclip.parts import image_pixels
 
     pixels, weights = image_pixels(picture, 64), {n: v.clone() for n, v in model.decoder.network.state_dict().items()}
     still = module.imagic(model, picture, "pizza", embedding_steps=0, network_steps=0)
     assert torch.equal(still.embedding, still.target)
     assert torch.allclose(still.draw(0.0, 1), model.decoder.sample(still.target, [1]), atol=1e-5)
-    found = module.imagic(model, picture, "pizza", embedding_steps=5, network_steps=25, network_lr=3e-3)
+    found = module.imagic(model, picture, "pizza", embedding_steps=4, network_steps=20, network_lr=3e-3)
     assert torch.allclose(found.embedding.norm(dim=1), found.target.norm(dim=1), atol=1e-5)
     assert not torch.allclose(found.embedding, found.target, atol=1e-3)
     error = [float((one.draw(0.0, 1) - pixels).square().mean()) for one in (still, found)]
