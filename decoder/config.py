@@ -148,6 +148,12 @@ class DecoderConfig(Config):
         return self.text_length if isinstance(self.text, ClipText) else self.text.length
 
     @property
+    def text_columns(self) -> slice:
+        """Which of the context tokens are the caption's; the others are the image embedding's."""
+        first = self.image_tokens if self.image_tokens_first else 0
+        return slice(first, first + self.context_length)
+
+    @property
     def feature_dim(self) -> int | None:
         """Width of a caption's token features; None where the decoder takes token ids."""
         if isinstance(self.text, GlideText):

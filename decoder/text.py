@@ -84,7 +84,7 @@ class CaptionEncoder:
             tokens, mask = self.clip.token_ids(captions, text.length)
         else:
             assert self._t5 is not None
-            tokens, mask = self._t5.encode(captions, text.length)
+            tokens, mask = self._t5.encode(self.clip.in_words(captions), text.length)
         if not self.config.text_embedding_to_time:
             return TextFeatures(tokens, mask, torch.zeros(len(tokens), 0, device=tokens.device))
         features = self.clip.encode_text(captions) if features is None else features

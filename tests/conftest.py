@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,6 +30,21 @@ TINY_CLIP = {
 def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random CLIP in open_clip's local-dir layout, as train_clip.py writes it."""
     return make_clip(tmp_path_factory.mktemp("clip"))
+
+
+def example(name: str) -> ModuleType:
+    """A file below examples/, such as 'editing/imagic', as a module; it is no part of the package."""
+    file = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    sys.path.insert(0, str(file.parent))  # what it imports from its own folder
+    try:
+        spec = importlib.util.spec_from_file_location(f"example_{name.replace('/', '_')}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    return module
 
 
 def make_clip(root: Path) -> Path:

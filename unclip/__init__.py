@@ -11,16 +11,28 @@ if TYPE_CHECKING:
     from unclip.latents import Latents
     from unclip.manipulation import Prompt
     from unclip.pipeline import UnCLIP
+    from unclip.tokens import LearnedTokens
     from unclip.upscaling import Upscaler
 
 __version__ = "0.1.0"
-__all__ = ["FrozenCLIP", "Latents", "Prompt", "UnCLIP", "UnclipError", "Upscaler", "UsageError", "__version__"]
+__all__ = [
+    "FrozenCLIP",
+    "Latents",
+    "LearnedTokens",
+    "Prompt",
+    "UnCLIP",
+    "UnclipError",
+    "Upscaler",
+    "UsageError",
+    "__version__",
+]
 
 _LAZY = {
     "UnCLIP": "unclip.pipeline",
     "Upscaler": "unclip.upscaling",
     "FrozenCLIP": "unclip.clip",
     "Latents": "unclip.latents",
+    "LearnedTokens": "unclip.tokens",
     "Prompt": "unclip.manipulation",
 }
 

@@ -6,7 +6,7 @@ import gzip
 import logging
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing, resolve_model, write_json
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, UsageError
+from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
 
 CONFIG_FILE = "open_clip_config.json"
 
@@ -74,9 +75,12 @@ class FrozenCLIP(nn.Module):
             )
         norm: Any = tower.ln_final
         self._final_norm = norm
+        self._token_table: nn.Embedding = tower.token_embedding
+        self.tokens: dict[str, Tensor] = {}
+        self._words: dict[str, str] = {}
         self.context_length = int(getattr(tower, "context_length", 77))
         self.token_dim = int(norm.weight.shape[0])
-        self.vocab_size = int(tower.token_embedding.num_embeddings)
+        self.vocab_size = int(self._token_table.num_embeddings)
         with torch.no_grad():
             self.embedding_dim = int(self.model.encode_text(self._tokenize([""])[0]).shape[-1])  # type: ignore[operator]
 
@@ -137,23 +141,63 @@ class FrozenCLIP(nn.Module):
         learned: Any = self.model.logit_scale
         return float(learned.detach().float().exp())
 
+    def add_tokens(self, tokens: LearnedTokens) -> None:
+        """Let captions mention learned tokens by their names, such as '<zorb>'.
+
+        Raises UnclipError: they were learned for another CLIP, or this one's tokenizer is not open_clip's own;
+        UsageError: a name that is taken.
+        """
+        if getattr(self.tokenizer, "eot_token_id", None) is None:
+            raise UnclipError(f"{self.source} has a tokenizer of transformers, and learned tokens need open_clip's own")
+        tokens.check(self._token_table.weight, self.source)
+        for name in tokens.vectors:
+            if name in self.tokens:
+                raise UsageError(f"a learned token {name} is there already; load each name once")
+        self.tokens |= {name: rows.to(self.device) for name, rows in tokens.vectors.items()}
+        self._words |= tokens.words
+
+    def learned(self, vectors: Mapping[str, Tensor], words: Mapping[str, str]) -> LearnedTokens:
+        """Tokens learned for this CLIP, marked so."""
+        return LearnedTokens(vectors, words, probe_of(self._token_table.weight))
+
+    def token_vectors(self, words: str) -> Tensor:
+        """The rows (V, D) of the token table that some words are spelled with."""
+        ids, mask, _ = self._tokenize([words])
+        return self._token_table.weight.detach()[ids[0, mask[0]][1:-1].to(self.device)].clone()
+
     @torch.no_grad()
     def encode_text(self, captions: Sequence[str]) -> TextFeatures:
         """Captions -> token features (the final LayerNorm's output), mask and unit-length embedding, float32.
 
         A caption longer than the context is cut, with a warning that quotes the words dropped.
         """
-        ids, mask = self._tokenize(captions)
+        return self.text_features(captions)
+
+    def text_features(self, captions: Sequence[str], tokens: Mapping[str, Tensor] | None = None) -> TextFeatures:
+        """As `encode_text`, with gradients to `tokens`: rows (V, D) for names that captions mention beside the tokens
+        that were added. The CLIP itself stays frozen.
+        """
+        known = {**self.tokens, **(tokens or {})}
+        ids, mask, places = self._tokenize(captions, tokens=known)
         ids, mask = ids.to(self.device), mask.to(self.device)
         caught: list[Tensor] = []
-        handle = self._final_norm.register_forward_hook(lambda _m, _i, output: caught.append(output))
+        hooks = [self._final_norm.register_forward_hook(lambda _m, _i, output: caught.append(output))]
+        if places:
+            # The tower knows the ids of its own vocabulary alone: learned rows go in where those are looked up.
+            put = self._token_table.register_forward_hook(lambda _m, _i, output: place_rows(output, places, known))
+            hooks.append(put)
         try:
             embedding = self.model.encode_text(ids)  # type: ignore[operator]
         finally:
-            handle.remove()
-        tokens = caught[-1].float()
+            for hook in hooks:
+                hook.remove()
+        features = caught[-1].float()
         embedding = embedding.float()
-        return TextFeatures(tokens * mask[..., None], mask, F.normalize(embedding, dim=-1), embedding.norm(dim=-1))
+        return TextFeatures(features * mask[..., None], mask, F.normalize(embedding, dim=-1), embedding.norm(dim=-1))
+
+    def in_words(self, captions: Sequence[str]) -> list[str]:
+        """Captions for a reader that knows no learned tokens: the words that they were learned from stand for them."""
+        return [in_words(caption, self._words) for caption in captions]
 
     def token_ids(self, captions: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
         """Captions -> ids (B, L) int64 and mask (B, L), True from start to end token, for a text encoder that is
@@ -161,7 +205,7 @@ class FrozenCLIP(nn.Module):
 
         A caption longer than that is cut, with a warning that quotes the words dropped.
         """
-        ids, mask = self._tokenize(captions, length)
+        ids, mask, _ = self._tokenize(self.in_words(captions), length)
         return ids.to(self.device), mask.to(self.device)
 
     @torch.no_grad()
@@ -174,18 +218,40 @@ class FrozenCLIP(nn.Module):
         embedding: Tensor = self.model.encode_image(pixels).float()  # type: ignore[operator]
         return F.normalize(embedding, dim=-1) if unit_length else embedding
 
-    def _tokenize(self, captions: Sequence[str], length: int | None = None) -> tuple[Tensor, Tensor]:
-        """-> ids (B, L), mask (B, L): start to end token, padding left out."""
+    def _tokenize(
+        self, captions: Sequence[str], length: int | None = None, tokens: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, list[tuple[int, int, str, int]]]:
+        """-> ids (B, L), mask (B, L): start to end token, padding left out; and where rows of learned tokens go, whose
+        ids are 0: sample, position, name, row."""
         length = length or self.context_length
         ids: Tensor = self.tokenizer(list(captions), context_length=length)
         end = getattr(self.tokenizer, "eot_token_id", None)
         if end is None:  # a Hugging Face tokenizer
             pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", 0) or 0
-            return ids, ids != pad
+            return ids, ids != pad, []
+        places: list[tuple[int, int, str, int]] = []
+        for sample, caption in enumerate(captions):
+            cut = pieces(caption, tokens) if tokens and "<" in caption else [caption]
+            if tokens and any(piece in tokens for piece in cut):
+                ids[sample], found = self._spelled(cut, tokens, length)
+                places += [(sample, position, name, row) for position, name, row in found]
+            else:
+                self._warn_if_cut(caption, ids[sample], length)
         last = (ids == end).int().argmax(dim=1, keepdim=True)
-        for caption, row in zip(captions, ids, strict=True):
-            self._warn_if_cut(caption, row, length)
-        return ids, torch.arange(ids.shape[1]) <= last
+        return ids, torch.arange(ids.shape[1]) <= last, places
+
+    def _spelled(
+        self, cut: list[str], tokens: Mapping[str, Tensor], length: int
+    ) -> tuple[Tensor, list[tuple[int, str, int]]]:
+        """A caption in pieces -> ids (L,), and position, name and row of each learned row."""
+        spelled = spell(cut, tokens, self.tokenizer.encode)
+        room = length - 2
+        if len(spelled) > room:
+            self._warn_cut(dropped_text(spelled[room:], self.tokenizer.decode), length)
+        ids = [part if isinstance(part, int) else 0 for part in spelled[:room]]
+        ids = [self.tokenizer.sot_token_id, *ids, self.tokenizer.eot_token_id]
+        found = [(i, *part) for i, part in enumerate(spelled[:room], 1) if isinstance(part, tuple)]
+        return torch.tensor(ids + [0] * (length - len(ids))), found
 
     def _warn_if_cut(self, caption: str, row: Tensor, length: int) -> None:
         if row[-1] == 0:  # there was room left
@@ -193,12 +259,13 @@ class FrozenCLIP(nn.Module):
         whole = self.tokenizer.encode(caption)
         room = length - 2
         if len(whole) > room:
-            dropped = self.tokenizer.decode(whole[room:]).strip()
-            whose = "CLIP's" if length == self.context_length else "the text encoder's"
-            warnings.warn(
-                f"the prompt is longer than {whose} {length} tokens and was cut; dropped: {dropped!r}",
-                stacklevel=3,
-            )
+            self._warn_cut(self.tokenizer.decode(whole[room:]).strip(), length)
+
+    def _warn_cut(self, dropped: str, length: int) -> None:
+        whose = "CLIP's" if length == self.context_length else "the text encoder's"
+        warnings.warn(
+            f"the prompt is longer than {whose} {length} tokens and was cut; dropped: {dropped!r}", stacklevel=4
+        )
 
 
 def clip_folder(name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -44,6 +44,14 @@ class Resampling:
 class Editing(Stages):
     """The methods `inpaint`, `outpaint` and `edit` of UnCLIP."""
 
+    @overload
+    def inpaint(
+        self, image: Any, mask: Any, prompt: str | None = ..., *, output: Literal["pil"] = ..., **options: Any
+    ) -> list[Image]: ...
+    @overload
+    def inpaint(
+        self, image: Any, mask: Any, prompt: str | None = ..., *, output: Literal["tensor"], **options: Any
+    ) -> Tensor: ...
     def inpaint(
         self,
         image: Any,
@@ -90,6 +98,14 @@ class Editing(Stages):
         canvases = picture.expand(num_images, -1, -1, -1)
         return _finish(painter(canvases, alpha, frame), output)
 
+    @overload
+    def outpaint(
+        self, image: Any, prompt: str | None = ..., *, output: Literal["pil"] = ..., **options: Any
+    ) -> list[Image]: ...
+    @overload
+    def outpaint(
+        self, image: Any, prompt: str | None = ..., *, output: Literal["tensor"], **options: Any
+    ) -> Tensor: ...
     def outpaint(
         self,
         image: Any,
@@ -142,6 +158,12 @@ class Editing(Stages):
                 unknown = place.paste(unknown, torch.zeros(edge, edge))
         return _finish(canvases, output)
 
+    @overload
+    def edit(
+        self, image: Any, prompt: str | None = ..., *, output: Literal["pil"] = ..., **options: Any
+    ) -> list[Image]: ...
+    @overload
+    def edit(self, image: Any, prompt: str | None = ..., *, output: Literal["tensor"], **options: Any) -> Tensor: ...
     def edit(
         self,
         image: Any,

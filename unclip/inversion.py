@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -73,6 +73,10 @@ class Inversion(Stages):
         embedding = self._timed("clip", lambda: self._clip_embedding(images))
         return self._encode(pixels, embedding, steps, refinements, progress)
 
+    @overload
+    def reconstruct(self, latents: Any, *, output: Literal["pil"] = ..., **options: Any) -> list[Image]: ...
+    @overload
+    def reconstruct(self, latents: Any, *, output: Literal["tensor"], **options: Any) -> Tensor: ...
     def reconstruct(
         self,
         latents: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -83,6 +83,10 @@ class Manipulation(Inversion):
         moved = slerp(x[first], x[second], weight).view(-1, *found.noise.shape[1:])
         return replace(found, embedding=embedding, noise=moved)
 
+    @overload
+    def interpolate(self, ends: Sequence[Any], *, output: Literal["pil"] = ..., **options: Any) -> list[Image]: ...
+    @overload
+    def interpolate(self, ends: Sequence[Any], *, output: Literal["tensor"], **options: Any) -> Tensor: ...
     def interpolate(
         self,
         ends: Sequence[Any],
@@ -131,6 +135,10 @@ class Manipulation(Inversion):
         target = (z_d.to(z.device) * z.norm(dim=1, keepdim=True)).expand(frames, -1)
         return replace(moved, embedding=slerp(moved.embedding, target, weight))
 
+    @overload
+    def text_diff(self, image: Any, text: str, *, output: Literal["pil"] = ..., **options: Any) -> list[Image]: ...
+    @overload
+    def text_diff(self, image: Any, text: str, *, output: Literal["tensor"], **options: Any) -> Tensor: ...
     def text_diff(
         self,
         image: Any,
@@ -153,6 +161,10 @@ class Manipulation(Inversion):
         latents = self.toward(image, text, base=base, max_theta=max_theta, frames=frames, **own)
         return self.frames_of(latents, seed=seed, output=output, progress=progress, **options)
 
+    @overload
+    def frames_of(self, latents: Latents, *, output: Literal["pil"] = ..., **options: Any) -> list[Image]: ...
+    @overload
+    def frames_of(self, latents: Latents, *, output: Literal["tensor"], **options: Any) -> Tensor: ...
     def frames_of(
         self,
         latents: Latents,

@@ -30,6 +30,7 @@ from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels
 from unclip.probing import Probing
 from unclip.reranking import Reranking
 from unclip.stages import Stages, negative_prompts
+from unclip.tokens import LearnedTokens
 from unclip.upscaling import Progress, Timings, Upscaling
 
 if TYPE_CHECKING:
@@ -83,14 +84,16 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         size: int | None = None,
         revision: str | None = None,
         adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
+        tokens: Sequence[str | Path | LearnedTokens] = (),
     ) -> UnCLIP:
         """Load a bundle: the bundled model by default, a folder with `unclip.json`, or a Hub id 'user/name'.
 
         `dtype` is the precision that the networks compute in; `size` leaves out the upsamplers that are not
         needed for it; `adapters` are folders of low-rank adapters, 'FOLDER', 'FOLDER:0.5' or (folder, 0.5), which
-        are merged into the weights. Raises UnclipError: no such folder, a part missing, parts that do not fit
-        together, weights damaged, an adapter for another network, no such device. UsageError: a size that the
-        model cannot make.
+        are merged into the weights; `tokens` are learned ones, or files of them, which prompts may mention from then
+        on. Raises UnclipError: no such folder, a part missing, parts that do not fit together, weights damaged, an
+        adapter for another network, tokens of another CLIP, no such device. UsageError: a size that the model cannot
+        make.
         """
         from decoder import DecoderStage
         from prior import PriorStage
@@ -106,6 +109,8 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
             check_size(size, bundle_sizes(folder, parts))
         place = resolve_device(device)
         clip = FrozenCLIP.load(str(folder / parts["clip"]), device=place)
+        for given in tokens:
+            clip.add_tokens(given if isinstance(given, LearnedTokens) else LearnedTokens.load(given))
         decoder = DecoderStage.load(folder / parts["decoder"], place)
         prior = PriorStage.load(folder / parts["prior"], place) if "prior" in parts else None
         upsamplers = []

@@ -106,7 +106,10 @@ class Upscaling:
             results.append(result.cpu())
         return results if output == "tensor" else [to_pil(result) for result in results]
 
-
+    @overload
+    def restore(self, images: Any, *, output: Literal["pil"] = ..., **options: Any) -> list[Image]: ...
+    @overload
+    def restore(self, images: Any, *, output: Literal["tensor"], **options: Any) -> list[Tensor]: ...
     def restore(
         self,
         images: Any,

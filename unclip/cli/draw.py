@@ -45,10 +45,13 @@ class Setting:
     batch_size: int = BATCH
     columns: int = 1  # of the grid
     grid: bool = False
+    tokens: tuple[str, ...] = ()  # files of learned ones
 
     @classmethod
-    def of(cls, series: Series, options: dict[str, Any], columns: int | None = None) -> Setting:
-        return cls(series, options, series.batch_size, columns or series.num_images, series.grid)
+    def of(
+        cls, series: Series, options: dict[str, Any], columns: int | None = None, tokens: Sequence[str] = ()
+    ) -> Setting:
+        return cls(series, options, series.batch_size, columns or series.num_images, series.grid, tuple(tokens))
 
     def load(self) -> UnCLIP:
         """The model, without the upsamplers that the size does not need."""
@@ -61,6 +64,7 @@ class Setting:
             dtype=drawing.torch_dtype,
             size=self.options.get("size"),
             adapters=drawing.adapter or (),
+            tokens=self.tokens,
         )
 
 
@@ -80,6 +84,7 @@ def sample(
     rerank: opt.Rerank = None,
     keep: opt.Keep = None,
     guidance_text: opt.GuidanceText = None,
+    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
@@ -101,7 +106,7 @@ def sample(
     writer = drawing.writer(len(prompts) * kept if kept else len(jobs))
     sampling = options.given(size=size, guidance_text=guidance_text)
     shown = {**sampling, **away}
-    setting = Setting.of(drawing, shown, columns=kept)
+    setting = Setting.of(drawing, shown, columns=kept, tokens=token or ())
     system = setting.load()
     if kept:
         produce_best(prompts, drawing.num_images, kept, drawing.seed, {**sampling, **away}, system, setting, writer)
@@ -234,6 +239,8 @@ def _metadata(job: Job, image: Image, name: str, setting: Setting) -> dict[str, 
     }
     if setting.drawing.adapter:
         text["adapters"] = ", ".join("/".join(Path(given).parts[-2:]) for given in setting.drawing.adapter)
+    if setting.tokens:
+        text["tokens"] = ", ".join("/".join(Path(given).parts[-2:]) for given in setting.tokens)
     chosen = {key: value for key, value in setting.options.items() if key != "size"}
     return {**text, "options": json.dumps(chosen)} if chosen else text
 

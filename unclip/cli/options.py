@@ -67,6 +67,10 @@ Adapter = Annotated[
         metavar="DIR[:WEIGHT]", help="A folder of low-rank adapters, merged with this weight (default: 1); repeatable."
     ),
 ]
+Token = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Learned tokens that prompts may mention, as '<name>'; repeatable."),
+]
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where it runs; auto takes CUDA if there is one.")
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,9 @@ class ContextMemory:
 class AttentionBlock(nn.Module):
     """Self-attention over the feature map, with context tokens concatenated to keys and values (GLIDE, §2.1)."""
 
+    watcher: Callable[[Tensor, int, tuple[int, int]], Tensor] | None = None
+    """Takes the attention maps and gives those to use (unclip.nn.attention)."""
+
     def __init__(
         self, channels: int, head_channels: int, context_dim: int | None, options: BlockOptions | None = None
     ) -> None:
@@ -159,6 +163,12 @@ class AttentionBlock(nn.Module):
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v)
         )  # (B, heads, L, head dim)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        if self.watcher is None:
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:
+            scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+            maps = torch.softmax(scores if seen is None else scores.masked_fill(~seen, -torch.inf), dim=-1)
+            columns = k.shape[2] - height * width
+            attended = self.watcher(maps, columns, (height, width)).to(v.dtype) @ v
         attended = self.out(attended.transpose(1, 2).flatten(2))  # (B, HW, C)
         return x + attended.transpose(1, 2).reshape(batch, channels, height, width)
