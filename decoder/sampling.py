@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from decoder.config import DecoderConfig
+from decoder.dalle2 import Dalle2Decoder, Dalle2DecoderConfig
 from decoder.inpainting import check_inpainting, keeping
 from decoder.network import Decoder, ReadCondition
 from decoder.objective import augmented_embedding
 from decoder.text import text_embedding
-from unclip.bundle import load_part, load_strict, read_statistics
+from unclip.bundle import load_strict, load_weights, read_part_json, read_statistics
 from unclip.clip import TextFeatures
+from unclip.config import parse_config
 from unclip.diffusion import (
     Denoiser,
     GaussianDiffusion,
@@ -49,8 +51,8 @@ class DecoderStage:
         With `dtype` bfloat16 or float16 the weights take half the memory; norms' statistics, the sampler's state and
         the images stay float32.
         """
-        config, state = load_part(folder, KIND, DecoderConfig)
-        network = Decoder(config)
+        config, state = read_decoder_config(folder), load_weights(folder)
+        network = build_network(config)
         load_strict(network, state, folder)
         network = network.to(device, dtype).requires_grad_(False)
         stage = cls(network.to(memory_format=torch.channels_last), config, device)  # type: ignore[call-overload]
@@ -274,3 +276,15 @@ class DecoderStage:
                 else text_embedding(text, config).to(device)
             )
         return condition
+
+
+def build_network(config: DecoderConfig) -> nn.Module:
+    """The network that a configuration describes, with fresh weights."""
+    return Dalle2Decoder(config) if isinstance(config, Dalle2DecoderConfig) else Decoder(config)
+
+
+def read_decoder_config(folder: Path) -> DecoderConfig:
+    """The configuration of a decoder's folder, of the class that its `architecture` names. Raises UnclipError."""
+    body = read_part_json(folder, KIND)["config"]
+    foreign = isinstance(body, dict) and body.get("architecture") == "dalle2"
+    return parse_config(Dalle2DecoderConfig if foreign else DecoderConfig, body, origin=str(folder / "config.json"))

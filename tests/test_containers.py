@@ -64,7 +64,7 @@ def test_the_bomb_is_a_bomb(tmp_path: Path) -> None:
 def test_plain_pickles_and_old_tars_are_refused(tmp_path: Path) -> None:
     target = tmp_path / "ran"
     (tmp_path / "plain.ckpt").write_bytes(pickle.dumps({"model": Bomb(target)}))
-    with pytest.raises(UnclipError, match="neither safetensors nor written by torch.save"):
+    with pytest.raises(UnclipError, match=r"neither safetensors nor written by torch\.save"):
         read_container(tmp_path / "plain.ckpt")
     with tarfile.open(tmp_path / "old.pth", "w") as tar:
         for member in ("pickle", "storages", "tensors", "../escaped"):
@@ -150,7 +150,10 @@ def test_storages_larger_than_the_file(tmp_path: Path) -> None:
 
 def test_zips_that_torch_would_not_write(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(100_000)}, tmp_path / "x.pth")
-    with zipfile.ZipFile(tmp_path / "x.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(tmp_path / "x.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for member in plain.infolist():
             packed.writestr(member.filename, plain.read(member))
     with pytest.raises(UnclipError, match="compressed"):

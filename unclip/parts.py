@@ -100,10 +100,10 @@ def apply_adapters(
 
 def bundle_sizes(folder: Path, parts: dict[str, str]) -> tuple[int, ...]:
     """Edges in pixels that a bundle can make, read from its configurations alone."""
-    from decoder import DecoderConfig
+    from decoder import read_decoder_config
     from upsamplers import UpsamplerConfig
 
-    sizes = [read_config(folder / parts["decoder"], "decoder", DecoderConfig).unet.image_size]
+    sizes = [read_decoder_config(folder / parts["decoder"]).unet.image_size]
     for part in PARTS[3:]:
         if part in parts:
             sizes.append(sizes[-1] * read_config(folder / parts[part], "upsampler", UpsamplerConfig).factor)

@@ -71,10 +71,9 @@ def safetensors_shapes(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype, shape, offsets = (
-            (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None,) * 3
-        )
-        if not _whole(shape) or not _whole(offsets) or len(offsets) != 2:
+        told: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        dtype, shape, offsets = told.get("dtype"), told.get("shape"), told.get("data_offsets")
+        if not _whole(shape) or not _whole(offsets) or shape is None or offsets is None or len(offsets) != 2:
             raise UnclipError(f"{file} is damaged: its header does not describe {name!r} as a tensor")
         if dtype not in _BYTES:
             raise UnclipError(f"{file} holds {name!r} as {dtype!r}; known are {', '.join(_BYTES)}")
@@ -121,9 +120,7 @@ def _header(file: Path, size: int) -> tuple[dict[str, Any], int]:
             raise UnclipError(f"{file} is damaged: {_told(size)} are too few for a safetensors file")
         (length,) = struct.unpack("<Q", first)
         if length > min(size - 8, _LONGEST_HEADER):
-            raise UnclipError(
-                f"{file} is damaged: its header claims {_told(length)}, and the file has {_told(size)}"
-            )
+            raise UnclipError(f"{file} is damaged: its header claims {_told(length)}, and the file has {_told(size)}")
         try:
             header = json.loads(stream.read(length))
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -134,9 +131,7 @@ def _header(file: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _whole(numbers: Any) -> bool:
-    return isinstance(numbers, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers
-    )
+    return isinstance(numbers, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
 
 
 # ---- torch's files -------------------------------------------------------------------------------------
@@ -230,7 +225,10 @@ def _check_stream(file: Path) -> None:
 
 def _starts_as_torch(start: bytes) -> bool:
     try:
-        first = next((argument for _, argument, _ in pickletools.genops(start) if isinstance(argument, int) and argument > 255), 0)
+        first = next(
+            (argument for _, argument, _ in pickletools.genops(start) if isinstance(argument, int) and argument > 255),
+            0,
+        )
     except ValueError:
         return False
     return first == _MAGIC
@@ -261,9 +259,10 @@ def _check_tensors(file: Path, stored: Any) -> None:
         if tensor.layout is not torch.strided:
             raise UnclipError(f"{file} holds {name!r} as a {tensor.layout} tensor; only dense ones are read")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            claimed, stands = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
             raise UnclipError(
-                f"{file} is damaged: {name!r} claims {list(tensor.shape)}, "
-                f"{_told(tensor.numel() * tensor.element_size())}, and {_told(tensor.untyped_storage().nbytes())} are stored"
+                f"{file} is damaged: {name!r} claims {list(tensor.shape)}, {_told(claimed)}, and "
+                f"{_told(stands)} are stored"
             )
 
 
