@@ -14,7 +14,7 @@ from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_config, read_manifest, 
 from unclip.clip import FrozenCLIP
 from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
-from unclip.inputs import resolve_device
+from unclip.inputs import check_size, resolve_device
 
 if TYPE_CHECKING:
     from decoder import DecoderStage
@@ -108,6 +108,18 @@ def bundle_sizes(folder: Path, parts: dict[str, str]) -> tuple[int, ...]:
         if part in parts:
             sizes.append(sizes[-1] * read_config(folder / parts[part], "upsampler", UpsamplerConfig).factor)
     return tuple(sizes)
+
+
+def needed_parts(folder: Path, size: int | None) -> list[str]:
+    """The parts of a bundle without which it cannot make pictures of this size; all for None. UsageError: it cannot."""
+    parts: dict[str, str] = read_manifest(folder)["parts"]
+    if size is None or "decoder" not in parts:
+        return list(parts)
+    sizes = bundle_sizes(folder, parts)
+    check_size(size, sizes)
+    upsamplers = [part for part in PARTS[3:] if part in parts]
+    idle = [part for part, made in zip(upsamplers, sizes[1:], strict=True) if made > size]
+    return [part for part in parts if part not in idle]
 
 
 def load_clip(name: str | Path = BUNDLED, device: str | torch.device | None = None) -> FrozenCLIP:

@@ -26,7 +26,7 @@ from unclip.inputs import (
 from unclip.latents import Latents
 from unclip.manipulation import Manipulation
 from unclip.mixing import Mixing
-from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels
+from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels, needed_parts
 from unclip.probing import Probing
 from unclip.reranking import Reranking
 from unclip.stages import Stages, negative_prompts
@@ -84,7 +84,8 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         revision: str | None = None,
         adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     ) -> UnCLIP:
-        """Load a bundle: the bundled model by default, a folder with `unclip.json`, or a Hub id 'user/name'.
+        """Load a bundle: the bundled model by default, a folder with `unclip.json`, or a Hub id 'user/name', which
+        may name a revision: 'user/name@main'. Of a Hub id only the parts that `size` needs are downloaded.
 
         `dtype` is the precision that the networks compute in; `size` leaves out the upsamplers that are not
         needed for it; `adapters` are folders of low-rank adapters, 'FOLDER', 'FOLDER:0.5' or (folder, 0.5), which
@@ -96,7 +97,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         from prior import PriorStage
         from upsamplers import UpsamplerStage
 
-        folder = resolve_model(name, revision=revision)
+        folder = resolve_model(name, revision, parts=lambda described: needed_parts(described, size))
         manifest = read_manifest(folder)
         parts: dict[str, str] = manifest["parts"]
         for needed in ("clip", "decoder"):
