@@ -15,10 +15,12 @@ from torch import Tensor
 
 from prior import Dalle2Prior, DiffusionPriorStage, PriorStage
 from prior.sampling import KIND
+from prior.start import read_part
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
 from unclip.interop.dalle2 import era_of, recognise
+from unclip.interop.dalle2_parts import convert_dalle2
 from unclip.interop.dalle2_prior import read_dalle2_prior
 
 DATA = Path(__file__).parent / "data" / "dalle2"
@@ -172,3 +174,15 @@ def test_errors_have_a_sentence(tmp_path: Path) -> None:
         read_dalle2_prior(folder)
     with pytest.raises(UnclipError, match=r"is of DALLE2-pytorch 1\.10\.3"):
         era_of("1.10.3", "it")
+
+
+def test_a_checkpoint_becomes_a_folder(tmp_path: Path) -> None:
+    state, _ = golden("1.15.6", "plain")
+    source = checkpoint(tmp_path, state, h.PRIORS["plain"], "1.15.6")
+    assert convert_dalle2(source, tmp_path / "part", text_length=h.TOKENS, guidance=3.0) == "prior"
+    assert PriorStage.load(tmp_path / "part").config.guidance == 3.0
+    with pytest.raises(UnclipError, match="exists; pass --overwrite"):
+        convert_dalle2(source, tmp_path / "part")
+    convert_dalle2(source, tmp_path / "part", text_length=h.TOKENS, overwrite=True)
+    with pytest.raises(UnclipError, match="which is run here and not trained"):
+        read_part(tmp_path / "part")
