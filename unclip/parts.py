@@ -64,7 +64,7 @@ def check_fit(
                 f"the PCA is of embeddings of {measured.embedding_length} length, the decoder takes "
                 f"{decoder.config.embedding_length} ones"
             )
-    reached = decoder.config.unet.image_size
+    reached = decoder.config.image_size
     for stage in upsamplers:
         if stage.config.low_size != reached:
             problems.append(
@@ -103,7 +103,7 @@ def bundle_sizes(folder: Path, parts: dict[str, str]) -> tuple[int, ...]:
     from decoder import read_decoder_config
     from upsamplers import UpsamplerConfig
 
-    sizes = [read_decoder_config(folder / parts["decoder"]).unet.image_size]
+    sizes = [read_decoder_config(folder / parts["decoder"]).image_size]
     for part in PARTS[3:]:
         if part in parts:
             sizes.append(sizes[-1] * read_config(folder / parts[part], "upsampler", UpsamplerConfig).factor)

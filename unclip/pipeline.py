@@ -110,7 +110,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         decoder = DecoderStage.load(folder / parts["decoder"], place)
         prior = PriorStage.load(folder / parts["prior"], place) if "prior" in parts else None
         upsamplers = []
-        reached = decoder.config.unet.image_size
+        reached = decoder.config.image_size
         for part in PARTS[3:]:
             if part in parts and (size is None or reached < size):
                 stage = UpsamplerStage.load(folder / parts[part], place)

@@ -24,8 +24,8 @@ def convert_dalle2(
     """Write the prior or decoder that a checkpoint holds to the folder `out`, and return which of the two it is.
 
     `config`, `version`: see `read_checkpoint`; `text_length` is that of the CLIP that it was trained with; `changes`
-    set fields of our configuration (steps, guidance, …). Raises UnclipError: as the readers; `out` is something else, or
-    exists and `overwrite` is not set.
+    set fields of our configuration (steps, guidance, …). Raises UnclipError: as the readers; `out` is something else,
+    or exists and `overwrite` is not set.
     """
     checkpoint = read_checkpoint(source, config, version)
     check_part_free(out, checkpoint.kind, overwrite)

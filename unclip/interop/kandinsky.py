@@ -1,8 +1,8 @@
 """Kandinsky 2.1's and 2.2's prior pipelines (diffusers folders) -> our diffusion prior, on their own CLIP's space.
 
 Both are a `PriorTransformer`, 2.1 on ViT-L/14 (768), 2.2 on ViT-bigG/14 (1280), whose embeddings have raw length and
-whose null is the CLIP's features of "". Their decoders are latent U-Nets of another kind; what takes these embeddings here is
-a decoder trained on the same CLIP.
+whose null is the CLIP's features of "". Their decoders are latent U-Nets of another kind; what takes these
+embeddings here is a decoder trained on the same CLIP.
 """
 
 from __future__ import annotations
