@@ -19,9 +19,11 @@ from prior.start import read_part
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
+from unclip.interop.containers import read_container
 from unclip.interop.dalle2 import era_of, recognise
 from unclip.interop.dalle2_parts import convert_dalle2
 from unclip.interop.dalle2_prior import read_dalle2_prior
+from unclip.interop.records import Record
 
 DATA = Path(__file__).parent / "data" / "dalle2"
 VERSIONS = sorted(file.stem.removeprefix("prior_") for file in DATA.glob("prior_*.npz"))
@@ -186,3 +188,14 @@ def test_a_checkpoint_becomes_a_folder(tmp_path: Path) -> None:
     convert_dalle2(source, tmp_path / "part", text_length=h.TOKENS, overwrite=True)
     with pytest.raises(UnclipError, match="which is run here and not trained"):
         read_part(tmp_path / "part")
+
+
+def test_the_trainers_own_file_is_read() -> None:
+    """Written by DiffusionPriorTrainer.save of 1.15.6, with its optimizer, schedulers and shared storages."""
+    file = DATA / "trainer_prior_1.15.6.pth"
+    stored = read_container(file)
+    assert {"optimizer", "scheduler", "warmup_scheduler", "model", "version", "step", "ema", "ema_model"} <= set(stored)
+    config, state = read_dalle2_prior(file, text_length=h.TOKENS)
+    assert (config.version, config.depth, config.heads, config.head_dim) == ("1.15.6", 1, 3, 10)
+    assert torch.equal(state["query"], stored["ema_model"]["net.learned_query"])
+    assert isinstance(stored["warmup_scheduler"], Record)

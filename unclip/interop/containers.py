@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import UnclipError
-from unclip.interop.records import RECORDS
+from unclip.interop.records import CONTAINERS, RECORDS
 
 _BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
@@ -151,7 +151,7 @@ def _read_torch(file: Path) -> dict[str, Any]:
     if not hasattr(torch.serialization, "safe_globals"):
         raise UnclipError(f"reading {file} needs torch 2.5 or newer; this is {torch.__version__}")
     try:
-        with torch.serialization.safe_globals(list(RECORDS)):
+        with torch.serialization.safe_globals([*RECORDS, *CONTAINERS]):
             # Mapped, tensors are slices of the file: nothing is read before it is used, nor beyond the file's end.
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever a damaged stream leads it into
@@ -238,19 +238,42 @@ def _check_elements(file: Path, pickled: Any, size: int) -> None:
     """UnclipError when a pickle declares storages of more elements than the file has bytes. Only its opcodes are read;
     nothing is run.
     """
-    declared, last = 0, 0
+    sizes: dict[str, int] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(pickled):
-            if opcode.name == "BINPERSID":  # its tuple ends in the number of elements
-                declared += last
-            elif isinstance(argument, int) and opcode.name.startswith(("BININT", "INT", "LONG")):
-                last = argument
+        for key, elements in _storages(pickled):
+            sizes[key] = max(elements, sizes.get(key, 0))
     except ValueError as error:
         raise UnclipError(f"{file} is damaged: {error}") from error
+    declared = sum(sizes.values())
     if declared > size:
         raise UnclipError(
             f"{file} is damaged: it declares {declared:,} numbers, and has {_told(size)}; nothing was read"
         )
+
+
+def _storages(pickled: Any) -> Iterator[tuple[str, int]]:
+    """(Key, elements) of each mention of a storage in a pickle, the tuple ('storage', class, key, place, elements): a
+    storage that several tensors share is mentioned by each.
+    """
+    memo: dict[int, Any] = {}
+    recent: list[Any] = []  # strings and numbers since the last mark
+    number, before = 0, ""
+    for opcode, argument, _ in pickletools.genops(pickled):
+        name = opcode.name
+        if name == "MARK":
+            recent = []
+        elif name.endswith("PUT"):
+            memo[int(argument or 0)] = recent[-1] if before.endswith("UNICODE") else None
+        elif name.endswith("GET"):
+            recent.append(memo.get(int(argument or 0)))
+        elif name.endswith("UNICODE") or name.startswith(("BININT", "INT", "LONG")):
+            recent.append(argument)
+        elif name == "BINPERSID":
+            texts = [one for one in recent if isinstance(one, str)]
+            counts = [one for one in recent if isinstance(one, int)]
+            number += 1
+            yield texts[1] if len(texts) > 2 else f"#{number}", counts[-1] if counts else 0
+        before = name
 
 
 def _check_tensors(file: Path, stored: Any) -> None:

@@ -7,6 +7,7 @@ under each stands a class of ours that keeps what was stored and does nothing.
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 
@@ -32,6 +33,8 @@ ALLOWED = (
     "torch.optim.adamw.AdamW",
 )
 """Every class that a checkpoint may name beside tensors and plain containers."""
+CONTAINERS = (collections.defaultdict, dict)
+"""Containers that an optimizer's pickle names; what they may call to fill themselves is of these lists too."""
 
 
 def _record(name: str) -> type[Record]:
