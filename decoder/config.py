@@ -46,6 +46,18 @@ class T5Text(Config):
 TextSource = Annotated[ClipText | GlideText | T5Text, Field(discriminator="kind")]
 
 
+class LatentConfig(Config):
+    """The latents of a frozen autoencoder, in which a decoder works (Latent Diffusion, §3). `unet.image_size` is their
+    edge then, and what is not the name is read from the autoencoder when training.
+    """
+
+    name: str = Field(description="a folder or a Hub id of an AutoencoderKL or VQModel in diffusers' layout")
+    channels: int = Field(4, ge=1)
+    factor: int = Field(8, ge=1, description="pixels a latent's side")
+    scale: float = Field(0.18215, gt=0, description="brings latents to about unit variance")
+    shift: float = 0.0
+
+
 class DecoderConfig(Config):
     """An unCLIP decoder: U-Net, conditioning, process, and how it is sampled by default."""
 
@@ -106,6 +118,7 @@ class DecoderConfig(Config):
     drop_both: float = Field(
         0.0, ge=0, le=1, description="share of samples without either, beside what the two drops do (GLIDE §3.2: 0.2)"
     )
+    latent: LatentConfig | None = Field(None, description="the autoencoder whose latents it works in; null: pixels")
     unet: UNetConfig = UNetConfig()
     diffusion: DiffusionConfig = DiffusionConfig(variance="learned_range")
     steps: StepSpec = Field(50, description="default sampling steps: a number, 'ddim50', or a list of timesteps")
@@ -123,6 +136,13 @@ class DecoderConfig(Config):
     def _fits(self) -> DecoderConfig:
         if self.null_text == "clip" and self.text.kind != "clip":
             raise ValueError(f"null_text 'clip' needs text.kind 'clip', and it is {self.text.kind!r}")
+        if self.latent is not None and self.diffusion.variance == "learned_range":
+            raise ValueError(
+                "a learned variance is trained on the likelihood of pixels, and this decoder works in latents; set "
+                "diffusion.variance to fixed_small"
+            )
+        if self.latent is not None and self.inpainting:
+            raise ValueError("inpainting keeps pixels, and this decoder works in latents; leave one of them out")
         if self.embedding_noise and self.embedding_length == "raw":
             raise ValueError(
                 f"embedding_noise {self.embedding_noise} turns unit vectors, and embedding_length is 'raw'; "
@@ -141,6 +161,16 @@ class DecoderConfig(Config):
         if self.embedding_scale is not None:
             return self.embedding_scale
         return self.embedding_dim**0.5 if self.embedding_length == "unit" else 1.0
+
+    @property
+    def channels(self) -> int:
+        """Channels of what is diffused."""
+        return 3 if self.latent is None else self.latent.channels
+
+    @property
+    def image_size(self) -> int:
+        """Edge of its pictures in pixels."""
+        return self.unet.image_size * (1 if self.latent is None else self.latent.factor)
 
     @property
     def context_length(self) -> int:

@@ -37,7 +37,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        channels = 3
+        channels = config.channels
         out_channels = 2 * channels if config.diffusion.variance == "learned_range" else channels
         in_channels = 2 * channels + 1 if config.inpainting else channels
         self.unet = UNet(config.unet, in_channels, out_channels, config.context_dim)

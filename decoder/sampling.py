@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoder.config import DecoderConfig
+from decoder.config import DecoderConfig, LatentConfig
+from decoder.dalle2 import Dalle2Decoder, Dalle2DecoderConfig
 from decoder.inpainting import check_inpainting, keeping
 from decoder.network import Decoder, ReadCondition
 from decoder.objective import augmented_embedding
 from decoder.text import text_embedding
-from unclip.bundle import load_part, load_strict, read_statistics
+from unclip.autoencoder import FrozenAutoencoder
+from unclip.bundle import load_strict, load_weights, read_part_json, read_statistics
 from unclip.clip import TextFeatures
+from unclip.config import parse_config
 from unclip.diffusion import (
     Denoiser,
     GaussianDiffusion,
@@ -41,6 +44,17 @@ class DecoderStage:
         self.config = config
         self.device = torch.device(device)
         self.process = GaussianDiffusion(config.diffusion)
+        self._autoencoder: FrozenAutoencoder | None = None
+
+    @property
+    def autoencoder(self) -> FrozenAutoencoder | None:
+        """Of a decoder in latents, loaded when it is first used. Raises UnclipError: it cannot be loaded, or is another
+        than the decoder was trained with.
+        """
+        latent = self.config.latent
+        if latent is not None and self._autoencoder is None:
+            self._autoencoder = open_autoencoder(latent, self.device)
+        return self._autoencoder
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> DecoderStage:
@@ -49,8 +63,8 @@ class DecoderStage:
         With `dtype` bfloat16 or float16 the weights take half the memory; norms' statistics, the sampler's state and
         the images stay float32.
         """
-        config, state = load_part(folder, KIND, DecoderConfig)
-        network = Decoder(config)
+        config, state = read_decoder_config(folder), load_weights(folder)
+        network = build_network(config)
         load_strict(network, state, folder)
         network = network.to(device, dtype).requires_grad_(False)
         stage = cls(network.to(memory_format=torch.channels_last), config, device)  # type: ignore[call-overload]
@@ -102,7 +116,7 @@ class DecoderStage:
         self._check(embedding, text, count, guidance_text, level)
         noise = SeededNoise(seeds)
         size = config.unet.image_size
-        x = noise.draw((3, size, size), self.device)
+        x = noise.draw((config.channels, size, size), self.device)
         condition = self._condition(embedding, text, count)
         null = self._null(condition, negative, negative_embedding, count)
         if config.embedding_noise_levels:
@@ -110,7 +124,10 @@ class DecoderStage:
             drawn = noise.draw((config.embedding_dim,), self.device) if level else torch.zeros(1, device=self.device)
             for one in (condition, null):
                 one |= augmented_embedding(one["image_embedding"], level, drawn, self.process, config.scale)
-        clip = clip_from(config.diffusion.x_start_clip, static_clip())
+        autoencoder = self.autoencoder
+        clip = clip_from(config.diffusion.x_start_clip, static_clip() if autoencoder is None else None)
+        if autoencoder is not None and callable(sampler):
+            raise UnclipError("this decoder works in latents, and editing meets pixels; take a decoder in pixels")
         if config.inpainting:
             image, known = self._known(inpaint_image, inpaint_mask, count)
             for one in (condition, null):
@@ -127,12 +144,19 @@ class DecoderStage:
         denoiser = self._denoiser(condition, null, guidance, guidance_text, has_text, has_embedding, options)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
         draw = get_sampler(sampler or config.sampler)
-        x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
+        x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta}))
+        x = x.clamp(-1, 1) if autoencoder is None else autoencoder.decode(x.float())
         # Multistep samplers end on a mixture of several x̂_0; what is kept is kept to the bit.
         return keeping(condition["known_image"], condition["known"], None)(x) if config.inpainting else x
 
     def conditional(self, embedding: Tensor, text: TextFeatures | None = None) -> Denoiser:
-        """The denoiser of these embeddings (B, E) and captions, without guidance or clipping; all is to be painted."""
+        """The denoiser of these embeddings (B, E) and captions, without guidance or clipping; all is to be painted.
+        Raises UnclipError: a decoder in latents, whose x_start are no pictures.
+        """
+        if self.config.latent is not None:
+            raise UnclipError(
+                "this decoder works in latents, and inversion and statistics meet pixels; take a decoder in pixels"
+            )
         condition = self._condition(embedding, text, len(embedding))
         if self.config.embedding_noise_levels:
             clean = torch.zeros(1, device=self.device)
@@ -274,3 +298,27 @@ class DecoderStage:
                 else text_embedding(text, config).to(device)
             )
         return condition
+
+
+def open_autoencoder(latent: LatentConfig, device: torch.device | str = "cpu") -> FrozenAutoencoder:
+    """The autoencoder of a decoder in latents. UnclipError: it cannot be loaded, or has other latents."""
+    found = FrozenAutoencoder.load(latent.name, device)
+    own = (latent.channels, latent.factor, latent.scale, latent.shift)
+    if tuple(found.facts) != own:
+        raise UnclipError(
+            f"the autoencoder {latent.name!r} has latents of {tuple(found.facts)} (channels, factor, scale, shift), "
+            f"and the decoder was trained on {own}; name the one that it was trained with"
+        )
+    return found
+
+
+def build_network(config: DecoderConfig) -> nn.Module:
+    """The network that a configuration describes, with fresh weights."""
+    return Dalle2Decoder(config) if isinstance(config, Dalle2DecoderConfig) else Decoder(config)
+
+
+def read_decoder_config(folder: Path) -> DecoderConfig:
+    """The configuration of a decoder's folder, of the class that its `architecture` names. Raises UnclipError."""
+    body = read_part_json(folder, KIND)["config"]
+    foreign = isinstance(body, dict) and body.get("architecture") == "dalle2"
+    return parse_config(Dalle2DecoderConfig if foreign else DecoderConfig, body, origin=str(folder / "config.json"))

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from decoder.config import DecoderConfig, DecoderRunConfig
+from decoder.dalle2 import Dalle2DecoderConfig
 from decoder.network import Decoder
-from decoder.sampling import KIND
-from unclip.bundle import load_part, read_config
+from decoder.sampling import KIND, read_decoder_config
+from unclip.bundle import load_weights
 from unclip.config import parse_config
 from unclip.errors import UnclipError
 from unclip.training.start import Reader, Start, carry_over, inherited, open_start
@@ -22,12 +23,17 @@ _NULLS = ("null_text", "null_mask", "null_text_embedding")
 
 def read_part(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
     """A decoder part's configuration and weights."""
-    return load_part(folder, KIND, DecoderConfig)
+    return read_shape(folder)[0], load_weights(folder)
 
 
 def read_shape(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
-    """As `read_part`, without the weights."""
-    return read_config(folder, KIND, DecoderConfig), {}
+    """As `read_part`, without the weights. Raises UnclipError: a decoder that is only run here."""
+    config = read_decoder_config(folder)
+    if isinstance(config, Dalle2DecoderConfig):
+        raise UnclipError(
+            f"{folder} holds a decoder of DALLE2-pytorch, which is run here and not trained; start from another"
+        )
+    return config, {}
 
 
 def with_start(

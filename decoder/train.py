@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from decoder.config import DecoderRunConfig
+from decoder.config import DecoderConfig, DecoderRunConfig
 from decoder.network import Decoder
 from decoder.objective import decoder_loss
-from decoder.sampling import KIND, DecoderStage
+from decoder.sampling import KIND, DecoderStage, open_autoencoder
 from decoder.start import begin_from, start_from, with_start
 from decoder.text import CaptionEncoder, with_text_widths
+from unclip.autoencoder import FrozenAutoencoder
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
@@ -28,6 +29,14 @@ from unclip.training.start import Reader, tell
 __all__ = ["run", "start_from"]
 
 _PREVIEWS = 16
+
+
+def with_latent_facts(config: DecoderConfig) -> dict[str, Any]:
+    """The entry `latent` of a decoder's configuration with what its autoencoder decides."""
+    if config.latent is None:
+        return {}
+    facts = FrozenAutoencoder.facts_of(config.latent.name)
+    return {"latent": {"name": config.latent.name, **facts._asdict()}}
 
 
 def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
@@ -46,7 +55,13 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
         reads_images=True,
     )
     widths = with_text_widths(config.model, memo.widths)
+    widths |= with_latent_facts(config.model)
     model = parse_config(type(config.model), {**config.model.model_dump(), **widths})
+    if config.data.image_size != model.image_size and model.latent is not None:
+        raise UsageError(
+            f"data.image_size is {config.data.image_size}, and latents of {model.unet.image_size} with "
+            f"{model.latent.factor} pixels a side are pictures of {model.image_size}; make them equal"
+        )
     config = config.model_copy(update={"model": model})
     if memo.stored is None or model.text.kind != "clip":  # captions in another form than the CLIP's features
         memo.encode_with(lambda clip: CaptionEncoder(model, clip), config.clip)
@@ -65,12 +80,15 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
     process = GaussianDiffusion(model.diffusion)
     batches = open_batches(config.data, config.train, distributed)
 
+    autoencoder = None if model.latent is None else open_autoencoder(model.latent, distributed.device)
+
     def embed(batch: dict[str, Any]) -> tuple[Tensor, Tensor, TextFeatures]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         return image, memo.image_of({**batch, "image": image}), memo.text_of(batch)
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         image, embedding, text = embed(batch)
+        image = image if autoencoder is None else autoencoder.encode(image)
         return decoder_loss(engine, process, model, image, embedding, text, generator)
 
     def sample(ema_network: nn.Module) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from prior.autoregressive import AutoregressivePrior
 from prior.config import AutoregressivePriorConfig, PriorConfig, PriorRunConfig
+from prior.dalle2 import Dalle2Prior, Dalle2PriorConfig
 from prior.network import Prior
 from prior.objective import autoregressive_loss, prior_loss
 from prior.sampling import (
@@ -17,6 +18,8 @@ __all__ = [
     "AutoregressivePrior",
     "AutoregressivePriorConfig",
     "AutoregressivePriorStage",
+    "Dalle2Prior",
+    "Dalle2PriorConfig",
     "DiffusionPriorStage",
     "Prior",
     "PriorConfig",

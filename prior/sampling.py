@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from prior.autoregressive import AutoregressivePrior
 from prior.conditioning import text_embedding
 from prior.config import CONFIGS, AutoregressivePriorConfig, PriorConfig, kind_of
+from prior.dalle2 import Dalle2Prior, Dalle2PriorConfig, length_clip
 from prior.network import Prior
 from unclip.bundle import load_strict, load_weights, read_part_json, read_statistics
 from unclip.clip import TextFeatures
@@ -33,13 +34,15 @@ from unclip.errors import UnclipError, UsageError
 from unclip.nn.prepared import PreparedNetwork
 
 KIND = "prior"
+AnyPrior: TypeAlias = PriorConfig | AutoregressivePriorConfig | Dalle2PriorConfig
+_KINDS: dict[str, type[AnyPrior]] = {**CONFIGS, "dalle2": Dalle2PriorConfig}  # CONFIGS are those that can be trained
 
 
 class PriorStage(ABC):
     """A trained prior, ready to sample. `PriorStage.load` gives the kind that the folder holds."""
 
     def __init__(
-        self, network: nn.Module, config: PriorConfig | AutoregressivePriorConfig, device: torch.device | str = "cpu"
+        self, network: nn.Module, config: AnyPrior, device: torch.device | str = "cpu"
     ) -> None:
         self.network: Any = network.eval()
         self.config = config
@@ -166,10 +169,12 @@ class _Draft:
 class DiffusionPriorStage(PriorStage):
     """A trained diffusion prior, ready to sample."""
 
-    network: Prior
-    config: PriorConfig
+    network: Prior | Dalle2Prior
+    config: PriorConfig | Dalle2PriorConfig
 
-    def __init__(self, network: nn.Module, config: PriorConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, network: nn.Module, config: PriorConfig | Dalle2PriorConfig, device: torch.device | str = "cpu"
+    ) -> None:
         super().__init__(network, config, device)
         self.process = GaussianDiffusion(config.diffusion)
 
@@ -194,6 +199,8 @@ class DiffusionPriorStage(PriorStage):
         scale = config.guidance if guidance is None else guidance
         draft = self._prepare(text, seeds, candidates, scale, negative)
         own = None if config.clip_range is None else static_clip(config.clip_range)
+        if isinstance(config, Dalle2PriorConfig) and config.clamp_length:
+            own = length_clip(config.image_scale)
         clip = clip_from(config.diffusion.x_start_clip, own)
         denoiser = make_denoiser(self._prepared(), self.process, draft.condition, draft.null, scale, clip)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
@@ -315,26 +322,28 @@ def build_network(config: PriorConfig | AutoregressivePriorConfig) -> Prior | Au
 
 
 def build_stage(
-    config: PriorConfig | AutoregressivePriorConfig,
+    config: AnyPrior,
     network: nn.Module | None = None,
     device: torch.device | str = "cpu",
 ) -> PriorStage:
     """The stage of a configuration around `network`, by default one with fresh weights."""
+    if isinstance(config, Dalle2PriorConfig):
+        return DiffusionPriorStage(Dalle2Prior(config) if network is None else network, config, device)
     network = build_network(config) if network is None else network
     if isinstance(config, AutoregressivePriorConfig):
         return AutoregressivePriorStage(network, config, device)
     return DiffusionPriorStage(network, config, device)
 
 
-def read_prior_config(folder: Path) -> PriorConfig | AutoregressivePriorConfig:
+def read_prior_config(folder: Path) -> AnyPrior:
     """The configuration of a prior's folder, of the class that its `kind` names. Raises UnclipError."""
     body = read_part_json(folder, KIND)["config"]
     file = folder / "config.json"
-    if not isinstance(body, dict) or kind_of(body) not in CONFIGS:
-        known = ", ".join(CONFIGS)
+    if not isinstance(body, dict) or kind_of(body) not in _KINDS:
+        known = ", ".join(_KINDS)
         kind = kind_of(body) if isinstance(body, dict) else type(body).__name__
         raise UnclipError(f"{file} describes a prior of kind {kind!r}; this version knows {known}")
-    return parse_config(CONFIGS[kind_of(body)], body, origin=str(file))
+    return parse_config(_KINDS[kind_of(body)], body, origin=str(file))
 
 
 def _within(name: str, value: float, low: float, high: float = float("inf")) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prior.autoregressive import AutoregressivePrior
 from prior.config import CONFIGS, AutoregressivePriorConfig, PriorConfig, PriorRunConfig
+from prior.dalle2 import Dalle2PriorConfig
 from prior.network import Prior
 from prior.sampling import KIND, read_prior_config
 from unclip.bundle import load_weights
@@ -24,12 +25,17 @@ _SPACE = ("mean", "std")
 
 def read_part(folder: Path) -> tuple[PriorConfig | AutoregressivePriorConfig, dict[str, Tensor]]:
     """A prior part's configuration and weights, of either kind."""
-    return read_prior_config(folder), load_weights(folder)
+    return read_shape(folder)[0], load_weights(folder)
 
 
 def read_shape(folder: Path) -> tuple[PriorConfig | AutoregressivePriorConfig, dict[str, Tensor]]:
-    """As `read_part`, without the weights."""
-    return read_prior_config(folder), {}
+    """As `read_part`, without the weights. Raises UnclipError: a prior that is only run here."""
+    config = read_prior_config(folder)
+    if isinstance(config, Dalle2PriorConfig):
+        raise UnclipError(
+            f"{folder} holds a prior of DALLE2-pytorch, which is run here and not trained; start from another"
+        )
+    return config, {}
 
 
 def with_start(

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unclip.config import ConfigT, EpsilonStatistics, parse_config
 from unclip.errors import UnclipError
+from unclip.hub import check_links, fetch, parse_name
 
 FORMAT = 1
 MANIFEST = "unclip.json"
@@ -176,25 +177,32 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def resolve_model(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: the bundled name, an existing folder, or a Hub id, which is downloaded into the
-    Hub's cache.
+def resolve_model(
+    name: str | Path,
+    revision: str | None = None,
+    parts: Callable[[Path], Sequence[str]] | None = None,
+) -> Path:
+    """The folder of a model: the bundled name, an existing folder, or a Hub id 'user/name' or 'user/name@revision',
+    which is downloaded into the Hub's cache (unclip.hub.fetch).
+
+    `parts` reads a bundle's folder without weights and names the parts that are wanted; those of others stay on the
+    Hub.
     """
     text, folder = str(name), Path(name).expanduser()
     if text == BUNDLED and not (folder / MANIFEST).is_file():
         return _MODELS / BUNDLED
-    looks_like_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
-    if folder.exists() or not looks_like_hub_id:
+    hub = None if folder.exists() else parse_name(text, revision)
+    if hub is None:
         return folder
-    from huggingface_hub import snapshot_download
+    if parts is None:
+        return fetch(hub)
+    wanted = parts
 
-    try:
-        return Path(
-            snapshot_download(text, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt.gz", "*.md"])
-        )
-    except Exception as error:  # the Hub's client raises many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnclipError(f"no folder {text!r} here, and the Hub gave no model of that name: {reason}") from error
+    def patterns(described: Path) -> list[str]:
+        inside: dict[str, str] = read_manifest(described)["parts"]
+        return [f"{inside[part]}/*.safetensors" for part in wanted(described)]
+
+    return fetch(hub, chosen=patterns)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -220,6 +228,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if not inside.is_dir():
             there = ", ".join(p for p, n in parts.items() if (folder / n).is_dir()) or "none of them"
             raise UnclipError(f"{folder} is incomplete: part {part!r} is missing (present: {there})")
+    if _MODELS not in folder.absolute().parents:  # an installer may link the package's own files
+        check_links(folder, list(parts.values()))
     return manifest
 
 

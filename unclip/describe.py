@@ -72,7 +72,7 @@ def _describe_part(part: str, folder: Path) -> dict[str, Any]:
 
 def _defaults(part: str, folder: Path) -> dict[str, Any]:
     """How the part samples unless told otherwise."""
-    from decoder import DecoderConfig
+    from decoder import read_decoder_config
     from prior import AutoregressivePriorConfig, read_prior_config
     from upsamplers import UpsamplerConfig
 
@@ -83,7 +83,7 @@ def _defaults(part: str, folder: Path) -> dict[str, Any]:
             return {"kind": prior.kind, "components": prior.components, **shared}
         return {"steps": prior.steps, "sampler": prior.sampler, **shared}
     if part == "decoder":
-        decoder = read_config(folder, "decoder", DecoderConfig)
+        decoder = read_decoder_config(folder)
         return {"steps": decoder.steps, "guidance": decoder.guidance, "sampler": decoder.sampler}
     if part.startswith("upsampler"):
         upsampler = read_config(folder, "upsampler", UpsamplerConfig)

@@ -240,5 +240,5 @@ class Manipulation(Inversion):
         z = self._prior(features, [seed], options, progress)
         if not pictured:
             return z, torch.empty(0)
-        small = replace(options, size=self.decoder.config.unet.image_size)
+        small = replace(options, size=self.decoder.config.image_size)
         return z, self._render(z, self._caption([text], features), [seed], small, progress)

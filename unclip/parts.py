@@ -14,7 +14,7 @@ from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_config, read_manifest, 
 from unclip.clip import FrozenCLIP
 from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
-from unclip.inputs import resolve_device
+from unclip.inputs import check_size, resolve_device
 
 if TYPE_CHECKING:
     from decoder import DecoderStage
@@ -64,7 +64,7 @@ def check_fit(
                 f"the PCA is of embeddings of {measured.embedding_length} length, the decoder takes "
                 f"{decoder.config.embedding_length} ones"
             )
-    reached = decoder.config.unet.image_size
+    reached = decoder.config.image_size
     for stage in upsamplers:
         if stage.config.low_size != reached:
             problems.append(
@@ -100,14 +100,26 @@ def apply_adapters(
 
 def bundle_sizes(folder: Path, parts: dict[str, str]) -> tuple[int, ...]:
     """Edges in pixels that a bundle can make, read from its configurations alone."""
-    from decoder import DecoderConfig
+    from decoder import read_decoder_config
     from upsamplers import UpsamplerConfig
 
-    sizes = [read_config(folder / parts["decoder"], "decoder", DecoderConfig).unet.image_size]
+    sizes = [read_decoder_config(folder / parts["decoder"]).image_size]
     for part in PARTS[3:]:
         if part in parts:
             sizes.append(sizes[-1] * read_config(folder / parts[part], "upsampler", UpsamplerConfig).factor)
     return tuple(sizes)
+
+
+def needed_parts(folder: Path, size: int | None) -> list[str]:
+    """The parts of a bundle without which it cannot make pictures of this size; all for None. UsageError: it cannot."""
+    parts: dict[str, str] = read_manifest(folder)["parts"]
+    if size is None or "decoder" not in parts:
+        return list(parts)
+    sizes = bundle_sizes(folder, parts)
+    check_size(size, sizes)
+    upsamplers = [part for part in PARTS[3:] if part in parts]
+    idle = [part for part, made in zip(upsamplers, sizes[1:], strict=True) if made > size]
+    return [part for part in parts if part not in idle]
 
 
 def load_clip(name: str | Path = BUNDLED, device: str | torch.device | None = None) -> FrozenCLIP:

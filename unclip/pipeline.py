@@ -26,7 +26,7 @@ from unclip.inputs import (
 from unclip.latents import Latents
 from unclip.manipulation import Manipulation
 from unclip.mixing import Mixing
-from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels
+from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels, needed_parts
 from unclip.probing import Probing
 from unclip.reranking import Reranking
 from unclip.stages import Stages, negative_prompts
@@ -86,7 +86,8 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
         tokens: Sequence[str | Path | LearnedTokens] = (),
     ) -> UnCLIP:
-        """Load a bundle: the bundled model by default, a folder with `unclip.json`, or a Hub id 'user/name'.
+        """Load a bundle: the bundled model by default, a folder with `unclip.json`, or a Hub id 'user/name', which
+        may name a revision: 'user/name@main'. Of a Hub id only the parts that `size` needs are downloaded.
 
         `dtype` is the precision that the networks compute in; `size` leaves out the upsamplers that are not
         needed for it; `adapters` are folders of low-rank adapters, 'FOLDER', 'FOLDER:0.5' or (folder, 0.5), which
@@ -99,7 +100,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         from prior import PriorStage
         from upsamplers import UpsamplerStage
 
-        folder = resolve_model(name, revision=revision)
+        folder = resolve_model(name, revision, parts=lambda described: needed_parts(described, size))
         manifest = read_manifest(folder)
         parts: dict[str, str] = manifest["parts"]
         for needed in ("clip", "decoder"):
@@ -114,7 +115,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         decoder = DecoderStage.load(folder / parts["decoder"], place)
         prior = PriorStage.load(folder / parts["prior"], place) if "prior" in parts else None
         upsamplers = []
-        reached = decoder.config.unet.image_size
+        reached = decoder.config.image_size
         for part in PARTS[3:]:
             if part in parts and (size is None or reached < size):
                 stage = UpsamplerStage.load(folder / parts[part], place)

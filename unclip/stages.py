@@ -57,7 +57,7 @@ class Stages:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Edges of the pictures this model can make, in pixels."""
-        sizes = [self.decoder.config.unet.image_size]
+        sizes = [self.decoder.config.image_size]
         for stage in self.upsamplers:
             sizes.append(sizes[-1] * stage.config.factor)
         return tuple(sizes)

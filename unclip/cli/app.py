@@ -16,6 +16,7 @@ from unclip.cli.merge import merge
 from unclip.cli.mix import mix
 from unclip.cli.plan import params, plan
 from unclip.cli.plot import plot
+from unclip.cli.push import push
 from unclip.cli.runs import runs
 from unclip.cli.several import several
 from unclip.cli.statistics import statistics
@@ -105,6 +106,7 @@ _PANELS: tuple[Panel, ...] = (
             plan: None,
             runs: None,
             plot: None,
+            push: None,
         },
     ),
 )

@@ -40,7 +40,7 @@ def fit_pca(
     bundle --pca` puts such a folder into a new model. Where the data are fewer than --samples, some count more than
     once.
     """
-    from unclip.bundle import MANIFEST, PCA, check_part_free, name_part, read_config, read_manifest, resolve_model
+    from unclip.bundle import MANIFEST, PCA, check_part_free, name_part, read_manifest, resolve_model
     from unclip.clip import FrozenCLIP
     from unclip.components import fit_components
     from unclip.inputs import resolve_device
@@ -62,9 +62,9 @@ def fit_pca(
         "image_column": image_column,
         "caption_column": caption_column,
     }
-    from decoder import DecoderConfig
+    from decoder import read_decoder_config
 
-    length = read_config(folder / parts["decoder"], "decoder", DecoderConfig).embedding_length
+    length = read_decoder_config(folder / parts["decoder"]).embedding_length
     clip = FrozenCLIP.load(str(folder / parts["clip"]), device=place)
     embeddings = _embed(clip, source, samples, batch_size, seed, length)
     label = data if not Path(data).exists() else Path(data).absolute().name

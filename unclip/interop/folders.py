@@ -13,6 +13,7 @@ from decoder import DecoderConfig
 from prior import PriorConfig
 from unclip.bundle import read_json
 from unclip.errors import UnclipError
+from unclip.interop.containers import read_container, tensors_of
 from unclip.interop.decoder import decoder_from_diffusers
 from unclip.interop.prior import prior_from_diffusers
 from unclip.interop.super_resolution import upsampler_from_diffusers
@@ -25,8 +26,13 @@ def read_prior(folder: Path) -> tuple[PriorConfig, dict[str, Tensor]]:
     """The prior of a pipeline's folder, or the folder of a `PriorTransformer` itself; without features of the empty
     text, which its own training gets from its CLIP. Raises UnclipError: no such model, or one of another shape.
     """
-    state, config = _model(_inside(folder, "prior"), "PriorTransformer")
+    state, config = read_prior_model(folder)
     return prior_from_diffusers(state, config)
+
+
+def read_prior_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and config.json of a pipeline's `PriorTransformer`. Raises as `read_prior`."""
+    return _model(_inside(folder, "prior"), "PriorTransformer")
 
 
 def read_decoder(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
@@ -97,7 +103,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
                 except (SafetensorError, OSError) as error:
                     raise UnclipError(f"{file} is damaged or not a safetensors file: {error}") from error
             return state
-    pickled = next(folder.glob("*.bin"), None)
-    if pickled is not None:
-        raise UnclipError(f"{pickled} is pickled, and nothing is unpickled here; save the model as safetensors first")
+    pickled = [folder / f"{name}.bin" for name in (*_WEIGHTS, "pytorch_model") if (folder / f"{name}.bin").is_file()]
+    if pickled:  # tensors alone are read of it
+        return tensors_of(pickled[0], read_container(pickled[0]))
     raise UnclipError(f"{folder} has no weights; expected {_WEIGHTS[0]}.safetensors")

@@ -137,6 +137,9 @@ def _decoder(recipe: Recipe, network: nn.Module) -> Workload:
         image = _images(batch, _edge(recipe)).contiguous(memory_format=torch.channels_last)
         embedding, text = encoders.images(image), captions(batch)
         frozen_done()
+        if model.latent is not None:  # the autoencoder's own work is not counted
+            edge = model.unet.image_size
+            image = image.new_zeros(batch, model.channels, edge, edge)
         losses = decoder_loss(network, process, model, image, embedding, text, torch.Generator())
         return losses["loss"].mean()
 

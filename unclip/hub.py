@@ -1,0 +1,182 @@
+"""The Hugging Face Hub: what is fetched, how large it is, and from which revision. `client` is the one door to it.
+
+`from_pretrained("user/model")` and everything else that takes a model's name come here. Sizes are told before a byte of
+weights moves, what the cache holds is not fetched again, and with HF_HUB_OFFLINE=1 nothing but the cache is asked.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unclip.errors import UnclipError, UsageError
+
+DESCRIPTIONS = ("*.json", "*.txt.gz", "*.md")
+"""What tells of a model and is small."""
+EVERYTHING = (*DESCRIPTIONS, "*.safetensors")
+Tell = Callable[[str], None]
+
+
+class HubName(NamedTuple):
+    """A repository and the revision that is asked of it."""
+
+    repo: str
+    revision: str | None
+
+
+def client() -> Any:
+    """The Hub's own client."""
+    from huggingface_hub import HfApi
+
+    return HfApi()
+
+
+def parse_name(text: str, revision: str | None = None) -> HubName | None:
+    """'user/name' or 'user/name@revision' -> repository and revision; None for what can only be a path.
+
+    UsageError: two revisions that are not the same.
+    """
+    repo, at, asked = text.partition("@")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo) or (at and not asked):
+        return None
+    if asked and revision is not None and asked != revision:
+        raise UsageError(f"{text!r} asks for the revision {asked!r}, and revision is {revision!r}; give one of them")
+    return HubName(repo, asked or revision)
+
+
+def fetch(
+    name: HubName,
+    patterns: Sequence[str] = EVERYTHING,
+    chosen: Callable[[Path], Sequence[str]] | None = None,
+    tell: Tell | None = None,
+) -> Path:
+    """The folder of a repository's snapshot in the Hub's cache, with all files of these patterns in it.
+
+    With `chosen` only the descriptions come first; it reads them in their folder and names the patterns of the weights
+    that are wanted beside. `tell` hears what will be fetched and how large it is, by default on stderr.
+    Raises UnclipError: no such repository or revision, not reachable and not in the cache, no room on the disk.
+    """
+    tell = aloud if tell is None else tell
+    if _offline():
+        return _cached(name, "HF_HUB_OFFLINE is set")
+    try:
+        found = client().model_info(name.repo, revision=name.revision, files_metadata=True)
+    except Exception as error:  # the Hub's client raises many kinds
+        if _is_answer(error):
+            raise UnclipError(
+                f"no folder {name.repo!r} here, and the Hub gave no model of that name"
+                f"{f' at {name.revision!r}' if name.revision else ''}: {reason_of(error)}"
+            ) from error
+        folder = _cached(name, f"the Hub cannot be reached ({reason_of(error)})")
+        tell(f"the Hub cannot be reached; {name.repo} is taken from the cache, revision {folder.name[:12]}")
+        return folder
+    sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+    if chosen is None:
+        return _download(name, found.sha, _matching(sizes, patterns), tell)
+    folder = _download(name, found.sha, _matching(sizes, DESCRIPTIONS), None)
+    wanted = _matching(sizes, list(chosen(folder)))
+    return _download(name, found.sha, wanted, tell) if wanted else folder
+
+
+def check_links(folder: Path, names: Sequence[str]) -> None:
+    """UnclipError when a file of these sub-folders, or of the folder itself, is a link that leaves the folder. The
+    Hub's cache links its snapshots to blobs beside them, which are its own.
+    """
+    root = folder.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for place in (root, *(root / name for name in names)):
+        for path in place.iterdir() if place.is_dir() else ():
+            if path.is_symlink() and not any(base in path.resolve().parents for base in allowed):
+                raise UnclipError(
+                    f"{path} is a link to {path.resolve()}, outside the model's folder; put the file itself there"
+                )
+
+
+def told_size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+# ---- inside --------------------------------------------------------------------------------------------
+
+
+def _download(name: HubName, sha: str, wanted: dict[str, int], tell: Tell | None) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    missing = {
+        file: size
+        for file, size in wanted.items()
+        if not isinstance(try_to_load_from_cache(name.repo, file, revision=sha), str)
+    }
+    total = sum(missing.values())
+    cache = Path(constants.HF_HUB_CACHE)
+    if missing and tell is not None:
+        tell(f"downloading {name.repo}, revision {sha[:12]}: {len(missing)} files, {told_size(total)}, into {cache}")
+    room = shutil.disk_usage(_existing(cache)).free
+    if total > room:
+        raise UnclipError(
+            f"{name.repo} needs {told_size(total)}, and {cache} has room for {told_size(room)}; free some, "
+            "or set HF_HOME"
+        )
+    try:
+        # The revision as it was asked for, so that the cache remembers under that name what it means.
+        return Path(client().snapshot_download(name.repo, revision=name.revision, allow_patterns=sorted(wanted)))
+    except Exception as error:  # as above
+        raise UnclipError(
+            f"{name.repo} could not be downloaded: {reason_of(error)}; run it again to continue"
+        ) from error
+
+
+def _cached(name: HubName, why: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
+    except Exception as error:  # as above
+        revision = f" at revision {name.revision!r}" if name.revision else ""
+        raise UnclipError(
+            f"no folder {name.repo!r} here, {why}, and the Hub's cache holds no model of that name{revision}"
+        ) from error
+
+
+def _matching(sizes: dict[str, int], patterns: Sequence[str]) -> dict[str, int]:
+    from huggingface_hub.utils import filter_repo_objects
+
+    return {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=list(patterns))}
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether the Hub itself said no, where the cache is no help; else it was not reached."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(getattr(error, "response", None), "status_code", 404)
+        return status is None or status < 500
+    return isinstance(error, HFValidationError)
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or what of its parents is there."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def aloud(sentence: str) -> None:
+    print(f"unclip: {sentence}", file=sys.stderr)
+
+
+def reason_of(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
