@@ -37,6 +37,7 @@ def save_part(
     config: Any,
     state: Mapping[str, Tensor],
     extra: dict[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write one part: `config.json` {"format", "kind", "config", …extra} and the weights, replacing the
     folder as a whole.
@@ -44,7 +45,7 @@ def save_part(
     body = {"format": FORMAT, "kind": kind, "config": config.model_dump(mode="json"), **(extra or {})}
     with replacing(folder) as temporary:
         write_json(temporary / "config.json", body)
-        save_weights(temporary, state)
+        save_weights(temporary, state, max_shard_bytes)
 
 
 def load_part(folder: Path, kind: str, config_cls: type[ConfigT]) -> tuple[ConfigT, dict[str, Tensor]]:
@@ -131,14 +132,14 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Pa
     module.load_state_dict(dict(state))
 
 
-def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write `model.safetensors`, or numbered shards and an index when it would exceed MAX_SHARD_BYTES."""
+def save_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or numbered shards and an index when it would exceed `max_shard_bytes`."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_BYTES
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
     for name, keys in plan.filename_to_tensors.items():
         save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
