@@ -173,4 +173,6 @@ def _fill(network: nn.Module, name: str) -> None:
             value = 0.5 * value
         else:
             value = value * 0.8 / math.sqrt(tensor[0].numel())
+        if key.startswith("conv_out"):  # guidance would blow up every rounding error of a network of noise
+            value = 0.04 * value
         tensor.copy_(value)

@@ -186,7 +186,11 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
         return _MODELS / BUNDLED
     looks_like_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
     if folder.exists() or not looks_like_hub_id:
-        return folder
+        foreign = folder.is_dir() and not (folder / MANIFEST).is_file() and any(folder.iterdir())
+        return _converted(text, folder) if foreign else folder
+    converted = _converted(text, None, revision)
+    if converted is not None:
+        return converted
     from huggingface_hub import snapshot_download
 
     try:
@@ -196,6 +200,16 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
     except Exception as error:  # the Hub's client raises many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnclipError(f"no folder {text!r} here, and the Hub gave no model of that name: {reason}") from error
+
+
+def _converted(name: str, folder: Path | None, revision: str | None = None) -> Any:
+    """A bundle made of somebody else's checkpoint, from the cache; what is no such checkpoint comes back as it is.
+
+    The importers stand above this module, and take it as their ground; so they are named, not imported.
+    """
+    from pkgutil import resolve_name
+
+    return resolve_name("unclip.interop.direct:bundle_of")(name, folder, revision)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

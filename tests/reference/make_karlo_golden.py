@@ -118,7 +118,8 @@ def variations(folder: Path, exact: bool) -> dict[str, Tensor]:
         exact_tables(pipe)
     seeds = {"decoder": SEEDS[:1], "super_res": SEEDS[:1]}
     pixels = ((picture() + 1) / 2 - _MEAN) / _STD
-    with our_noise(pipe, seeds, {}):
+    caught: dict[str, Tensor] = {}
+    with our_noise(pipe, seeds, caught):
         images = pipe(
             pixels,
             decoder_num_inference_steps=STEPS["decoder"],
@@ -127,7 +128,8 @@ def variations(folder: Path, exact: bool) -> dict[str, Tensor]:
         ).images
     with torch.no_grad():
         embedding = pipe.image_encoder(pixels).image_embeds
-    return {"varied_embedding": embedding, "varied": plain(images)}
+    small = caught["decoder"].float().clamp(-1, 1)
+    return {"varied_embedding": embedding, "varied_small": small, "varied": plain(images)}
 
 
 def plain(images: Any) -> Tensor:

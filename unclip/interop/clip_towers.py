@@ -95,7 +95,8 @@ def clip_to_transformers(config: Mapping[str, Any], state: Mapping[str, Tensor])
     for section, known in allowed.items():
         other = sorted(set(config[section]) - known)
         if other:
-            raise UnclipError(f"clip: {section}.{other[0]} is {config[section][other[0]]!r}; transformers' CLIP has none")
+            found = f"{section}.{other[0]} is {config[section][other[0]]!r}"
+            raise UnclipError(f"clip: {found}; transformers' CLIP has none")
     if config.get("custom_text"):
         raise UnclipError("clip: custom_text is true; transformers' CLIP has open_clip's own text tower alone")
     shared = {

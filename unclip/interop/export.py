@@ -88,8 +88,7 @@ def export_diffusers(
             write_json(temporary / "model_index.json", {**order, **dict(sorted(libraries.items()))})
         if progress is not None:
             progress("writing", len(needed), len(needed))
-    left = [f"{part} (diffusers' unCLIP ends at 256 px)" for part in named if part == "upsampler_1024" and not parts]
-    return left
+    return [f"{part} (diffusers' unCLIP ends at 256 px)" for part in named if part == "upsampler_1024" and not parts]
 
 
 def _check(folder: Path, named: Mapping[str, str], needed: Sequence[str], sees: bool) -> None:
@@ -158,7 +157,7 @@ def _write_networks(part: str, source: Path, target: Path, libraries: dict[str, 
     for name, (tensors, body) in _networks(part, config, state).items():
         (target / name).mkdir()
         write_json(target / name / "config.json", {**body, "_diffusers_version": LAST_RELEASE})
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / name / _FILE, {"format": "pt"})
+        save_file({key: one.contiguous() for key, one in tensors.items()}, target / name / _FILE, {"format": "pt"})
         (target / name / _FILE).chmod(0o644)
         libraries[name] = ["unclip" if name == "text_proj" else "diffusers", body["_class_name"]]
     for name, body in _schedulers(part, config).items():
@@ -228,8 +227,8 @@ def _check_free(out: Path, overwrite: bool) -> None:
         raise UnclipError(f"{out} exists and is not a folder; name another")
     if not out.exists() or not any(out.iterdir()):
         return
-    ours = (out / "model_index.json").is_file() or any((out / name / "config.json").is_file() for name in ("prior", "decoder"))
-    if not ours:
+    marks = ("model_index.json", "prior/config.json", "decoder/config.json", "super_res_first/config.json")
+    if not any((out / mark).is_file() for mark in marks):
         raise UnclipError(f"{out} holds something else than a model of diffusers, so it is not replaced; name another")
     if not overwrite:
         raise UnclipError(f"{out} exists; pass --overwrite to replace it, or name another folder")

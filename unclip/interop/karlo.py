@@ -181,7 +181,7 @@ def write_bundle(
         raise UnclipError(f"no decoder in this checkpoint (found: {', '.join(checkpoint.parts) or 'nothing'})")
     plans = {name: _checked(checkpoint, name) for name in checkpoint.parts}
     configs = {name: config for name, (config, _) in plans.items()}
-    sizes = {name: size if options.dtype is None else size // 4 * options.dtype.itemsize for name, (_, size) in plans.items()}
+    sizes = {name: size for name, (_, size) in plans.items()}
     larger = None
     if options.upsampler_1024 is not None:
         larger = read_config(options.upsampler_1024, "upsampler", UpsamplerConfig)

@@ -60,9 +60,7 @@ def prior_sampling_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"diffusion": _process(options), "clip_range": limit}
 
 
-def scheduler_from(
-    config: DiffusionConfig, part: str, clip_range: float | None = 1.0
-) -> dict[str, Any]:
+def scheduler_from(config: DiffusionConfig, part: str, clip_range: float | None = 1.0) -> dict[str, Any]:
     """Our process -> the scheduler_config.json that samples as we do; `clip_range` is the stage's own clamp.
 
     Raises UnclipError naming the first field that an UnCLIPScheduler cannot express.
@@ -82,7 +80,7 @@ def scheduler_from(
     clip = config.x_start_clip
     if clip is not None:
         if clip.kind == "dynamic":
-            raise UnclipError(f"{part}: diffusion.x_start_clip.kind is 'dynamic'; diffusers' {CLASS} clamps or does not")
+            raise UnclipError(f"{part}: diffusion.x_start_clip.kind is 'dynamic'; diffusers' {CLASS} has none such")
         clip_range = clip.limit if clip.kind == "static" else None
     back = {ours: theirs for table in (_PREDICTIONS, _VARIANCES) for theirs, ours in table.items()}
     return {
