@@ -305,7 +305,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (without("text_proj"), r"incomplete as an unCLIP in diffusers' layout.*found .*decoder.*; missing text_proj"),
         (without("prior_scheduler"), r"found .*prior.*; missing prior_scheduler"),
         (edited("decoder/config.json", down_block_types=...), r"decoder cannot be read: 'down_block_types' is missing"),
-        (edited("prior/config.json", num_layers="two"), r"prior cannot be read"),
+        (edited("prior/config.json", num_layers="two"), r"the converted prior: depth: .*got 'two'"),
         (edited("prior/config.json", _class_name="Prior"), r"holds a 'Prior', expected a 'PriorTransformer'"),
         (edited("prior_scheduler/scheduler_config.json", _class_name="DDPMScheduler"), r"is a 'DDPMScheduler'"),
         (edited("prior_scheduler/scheduler_config.json", prediction_type="v"), r"prediction_type 'v'; expected one of"),
