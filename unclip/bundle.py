@@ -37,7 +37,7 @@ def save_part(
     config: Any,
     state: Mapping[str, Tensor],
     extra: dict[str, Any] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write one part: `config.json` {"format", "kind", "config", …extra} and the weights, replacing the
     folder as a whole.
@@ -132,14 +132,16 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Pa
     module.load_state_dict(dict(state))
 
 
-def save_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write `model.safetensors`, or numbered shards and an index when it would exceed `max_shard_bytes`."""
+def save_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int | None = None) -> None:
+    """Write `model.safetensors`, or numbered shards and an index when it would exceed `max_shard_bytes`, by default
+    MAX_SHARD_BYTES.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes or MAX_SHARD_BYTES
     )
     for name, keys in plan.filename_to_tensors.items():
         save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
