@@ -108,12 +108,12 @@ def serve(side: str, folder: Path) -> None:
     draw = _theirs(folder) if side == "theirs" else _ours(folder, side == "fast")
     print("ready", flush=True)
     for line in sys.stdin:
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         picture = draw()
-        seconds = time.perf_counter() - start
+        seconds, worked = time.perf_counter() - start, time.process_time() - worked
         torch.save(picture, line.strip())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": seconds, "peak": peak}), flush=True)
+        print(json.dumps({"seconds": seconds, "cpu": worked, "peak": peak}), flush=True)
 
 
 def _ours(folder: Path, fast: bool) -> Any:
@@ -197,7 +197,8 @@ def _compete(sides: dict[str, tuple[str, Path]], rounds: int, root: Path) -> dic
                 answer = json.loads(process.stdout.readline())
                 if number:
                     found[side].append(answer)
-                print(f"round {number} {side}: {answer['seconds']:.2f} s", file=sys.stderr, flush=True)
+                told = f"{answer['seconds']:.2f} s, {answer['cpu']:.2f} s of CPU, peak {answer['peak']:.0f} MiB"
+                print(f"round {number} {side}: {told}", file=sys.stderr, flush=True)
     finally:
         for process in processes.values():
             process.kill()
@@ -212,8 +213,9 @@ def _report(found: dict[str, list[dict[str, float]]], root: Path) -> None:
         seconds = median(one["seconds"] for one in answers)
         text = f"{side}: {seconds:.2f} s, peak {max(one['peak'] for one in answers):.0f} MiB"
         if side != "theirs" and "theirs" in found:
-            pairs = zip(found["theirs"], answers, strict=True)
-            text += f", {median(their['seconds'] / own['seconds'] for their, own in pairs):.2f} times as fast"
+            for kind, name in (("seconds", "times as fast"), ("cpu", "by CPU time, where other work runs beside it")):
+                pairs = zip(found["theirs"], answers, strict=True)
+                text += f", {median(their[kind] / own[kind] for their, own in pairs):.2f} {name}"
         print(text)
     if "theirs" in found:
         difference = (torch.load(root / "ours.pt") - torch.load(root / "theirs.pt")).abs()
