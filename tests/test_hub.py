@@ -265,3 +265,12 @@ def test_bad_pushes_have_a_sentence(fake: FakeHub, tmp_path: Path, tiny_bundle: 
     fake.down = ConnectionError("no route")
     with pytest.raises(UnclipError, match="user/new could not be written: no route"):
         push_to_hub(tiny_bundle, "user/new")
+
+
+def test_what_is_downloaded_of_a_foreign_repository() -> None:
+    """Nothing pickled, no pictures, and half-precision variants only where there is nothing else."""
+    names = ["model_index.json", "prior/a.safetensors", "prior/a.fp16.safetensors", "prior/a.bin", "x.png"]
+    names += ["decoder/b.fp16.safetensors", "tokenizer/merges.txt"]
+    assert sorted(hub._matching(dict.fromkeys(names, 1), hub.CHECKPOINT)) == [
+        "decoder/b.fp16.safetensors", "model_index.json", "prior/a.safetensors", "tokenizer/merges.txt"
+    ]  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unclip.config import ConfigT, EpsilonStatistics, parse_config
 from unclip.errors import UnclipError
-from unclip.hub import check_links, fetch, parse_name
+from unclip.hub import CHECKPOINT, EVERYTHING, check_links, fetch, parse_name
 
 FORMAT = 1
 MANIFEST = "unclip.json"
@@ -38,6 +38,7 @@ def save_part(
     config: Any,
     state: Mapping[str, Tensor],
     extra: dict[str, Any] | None = None,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write one part: `config.json` {"format", "kind", "config", …extra} and the weights, replacing the
     folder as a whole.
@@ -45,7 +46,7 @@ def save_part(
     body = {"format": FORMAT, "kind": kind, "config": config.model_dump(mode="json"), **(extra or {})}
     with replacing(folder) as temporary:
         write_json(temporary / "config.json", body)
-        save_weights(temporary, state)
+        save_weights(temporary, state, max_shard_bytes)
 
 
 def load_part(folder: Path, kind: str, config_cls: type[ConfigT]) -> tuple[ConfigT, dict[str, Tensor]]:
@@ -132,14 +133,16 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Pa
     module.load_state_dict(dict(state))
 
 
-def save_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write `model.safetensors`, or numbered shards and an index when it would exceed MAX_SHARD_BYTES."""
+def save_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int | None = None) -> None:
+    """Write `model.safetensors`, or numbered shards and an index when it would exceed `max_shard_bytes`, by default
+    MAX_SHARD_BYTES.
+    """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD_BYTES
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes or MAX_SHARD_BYTES
     )
     for name, keys in plan.filename_to_tensors.items():
         save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
@@ -192,17 +195,32 @@ def resolve_model(
     if text == BUNDLED and not (folder / MANIFEST).is_file():
         return _MODELS / BUNDLED
     hub = None if folder.exists() else parse_name(text, revision)
-    if hub is None:
+    if hub is not None:
+        folder = fetch(hub, chosen=lambda described: _weights_of(described, parts))
+    elif not folder.is_dir() or not any(folder.iterdir()):
         return folder
+    return folder if (folder / MANIFEST).is_file() else _converted(folder)
+
+
+def _weights_of(described: Path, parts: Callable[[Path], Sequence[str]] | None) -> Sequence[str]:
+    """Patterns of what is wanted beside descriptions: a bundle's parts, or all of somebody else's checkpoint."""
+    if not (described / MANIFEST).is_file():
+        return CHECKPOINT
     if parts is None:
-        return fetch(hub)
-    wanted = parts
+        return EVERYTHING
+    inside: dict[str, str] = read_manifest(described)["parts"]
+    return [f"{inside[part]}/*.safetensors" for part in parts(described)]
 
-    def patterns(described: Path) -> list[str]:
-        inside: dict[str, str] = read_manifest(described)["parts"]
-        return [f"{inside[part]}/*.safetensors" for part in wanted(described)]
 
-    return fetch(hub, chosen=patterns)
+def _converted(folder: Path) -> Path:
+    """A bundle made of somebody else's checkpoint, from the cache; what is no such checkpoint comes back as it is.
+
+    The importers stand above this module, and take it as their ground; so they are named, not imported.
+    """
+    from pkgutil import resolve_name
+
+    found: Path = resolve_name("unclip.interop.direct:bundle_of")(folder)
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from unclip.errors import UnclipError, UsageError
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
 
 CONFIG_FILE = "open_clip_config.json"
+IMAGE_ENCODER = "image_encoder"
+"""Entry of CONFIG_FILE, false where a model was converted that has a text encoder alone."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class FrozenCLIP(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.source = source
+        self.sees = True
         preprocess = open_clip.model.get_model_preprocess_cfg(model)
         size = preprocess.get("size", 224)
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
@@ -125,7 +128,9 @@ class FrozenCLIP(nn.Module):
                 tokenizer = open_clip.get_tokenizer(identifier, **tokenizer_options)
         except Exception as error:  # open_clip raises whatever its loaders raise
             raise UnclipError(f"the CLIP {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        return cls(model, tokenizer, name).to(device)
+        clip = cls(model, tokenizer, name).to(device)
+        clip.sees = not folder.is_dir() or read_json(folder / CONFIG_FILE).get(IMAGE_ENCODER, True)
+        return clip
 
     def train(self, mode: bool = True) -> FrozenCLIP:
         """Stays in eval mode: the CLIP is frozen."""
@@ -210,7 +215,15 @@ class FrozenCLIP(nn.Module):
 
     @torch.no_grad()
     def encode_image(self, images: Tensor, *, unit_length: bool = True) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], any size -> embeddings (B, E), float32, of unit length or the CLIP's own."""
+        """Images (B, 3, H, W) in [-1, 1], any size -> embeddings (B, E), float32, of unit length or the CLIP's own.
+
+        Raises UnclipError: this CLIP came without an image encoder.
+        """
+        if not self.sees:
+            raise UnclipError(
+                f"the CLIP in {self.source} has no image encoder, so that no picture can be read; convert the model "
+                "again with --clip, or together with the folder that has an image_encoder"
+            )
         size = (self.image_size, self.image_size)
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
@@ -384,6 +397,21 @@ def write_vocabulary(file: Path, merges: int) -> int:
         packed.write("\n".join(lines).encode())
     temporary.replace(file)
     return 2 * 256 + merges + 2
+
+
+def byte_alphabet() -> list[str]:
+    """The letters that stand for the 256 bytes, in the order of their tokens."""
+    from open_clip.tokenizer import bytes_to_unicode
+
+    return list(bytes_to_unicode().values())
+
+
+def default_vocabulary() -> list[str]:
+    """The merges of CLIP's own byte-pair vocabulary, 'a b' each: 49,408 tokens with bytes, start and end."""
+    from open_clip.tokenizer import default_bpe
+
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as whole:
+        return whole.read().split("\n")[1 : 49152 - 256 - 2 + 1]
 
 
 def _tokenizer_options(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from unclip.errors import UnclipError, UsageError
 DESCRIPTIONS = ("*.json", "*.txt.gz", "*.md")
 """What tells of a model and is small."""
 EVERYTHING = (*DESCRIPTIONS, "*.safetensors")
+CHECKPOINT = (*EVERYTHING, "*.txt", "*.gz")
+"""Of somebody else's checkpoint: nothing pickled, no pictures."""
 Tell = Callable[[str], None]
 
 
@@ -150,7 +152,13 @@ def _cached(name: HubName, why: str) -> Path:
 def _matching(sizes: dict[str, int], patterns: Sequence[str]) -> dict[str, int]:
     from huggingface_hub.utils import filter_repo_objects
 
-    return {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=list(patterns))}
+    found = set(filter_repo_objects(sizes, allow_patterns=list(patterns)))
+    # Of several variants of the same weights the whole one.
+    return {name: sizes[name] for name in sizes if name in found and not _has_whole(name, found)}
+
+
+def _has_whole(name: str, names: set[str]) -> bool:
+    return ".fp16." in name and name.replace(".fp16.", ".") in names
 
 
 def _is_answer(error: Exception) -> bool:

@@ -81,6 +81,9 @@ class UpsamplerConfig(Config):
     downsample: Literal["bicubic", "area"] = Field(
         "bicubic", description="antialiased filter that makes the training condition from the image"
     )
+    clamp_condition: bool = Field(
+        True, description="the enlarged condition is held in [-1, 1]; false keeps bicubic's overshoot, as Karlo does"
+    )
     corruption: CorruptionConfig = BlurConfig()
     noise_augmentation: int | None = Field(
         None,

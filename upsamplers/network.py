@@ -45,7 +45,7 @@ class Upsampler(nn.Module):
         With `memory` the U-Net runs in stripes of rows within it; the result is the same.
         """
         height, width = x_t.shape[-2:]
-        enlarged = upsample(low_res, (height, width))
+        enlarged = upsample(low_res, (height, width), self.config.clamp_condition)
         joined = _pad(torch.cat([x_t, enlarged.to(x_t.dtype)], dim=1), self.unet.multiple)
         # Convolutions follow their input's layout, and channels_last is the fast one. The weights stay
         # contiguous, because DeepSpeed broadcasts them as flat memory.
@@ -102,9 +102,10 @@ def _unet(config: UpsamplerConfig) -> UNet | EfficientUNet:
     return UNet(config.unet, 2 * CHANNELS, out_channels)
 
 
-def upsample(low_res: Tensor, size: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic interpolation to (H, W), in float32 and without its overshoot."""
-    return F.interpolate(low_res.float(), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+def upsample(low_res: Tensor, size: tuple[int, int], clamp: bool = True) -> Tensor:
+    """Antialiased bicubic interpolation to (H, W), in float32, and without its overshoot where `clamp`."""
+    enlarged = F.interpolate(low_res.float(), size=size, mode="bicubic", antialias=True)
+    return enlarged.clamp(-1, 1) if clamp else enlarged
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from unclip.cli import draw, edit, evaluate, film, inspect, manipulate, probe
+from unclip.cli import convert, draw, edit, evaluate, film, inspect, manipulate, probe
 from unclip.cli.embed import embed
 from unclip.cli.fit_pca import fit_pca
 from unclip.cli.groups import ungrouped
@@ -101,6 +101,8 @@ _PANELS: tuple[Panel, ...] = (
             embed: None,
             inspect.bundle: None,
             merge: None,
+            convert.convert: None,
+            convert.export: None,
             inspect.info: None,
             params: None,
             plan: None,

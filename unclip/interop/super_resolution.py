@@ -47,6 +47,7 @@ def upsampler_from_diffusers(first: Model, last: Model | None = None, **changes:
             "unet": shape.model_dump(),
             "low_size": shape.image_size // 4,
             "high_size": shape.image_size,
+            "clamp_condition": False,
             "corruption": {"kind": "none"},
             "last_step_network": last is not None,
             "steps": 7,
@@ -73,6 +74,7 @@ def upsampler_to_diffusers(
             ("an Efficient U-Net", not isinstance(config.unet, UNetConfig)),
             ("residual", config.residual),
             ("noise_augmentation", config.noise_augmentation is not None),
+            ("clamp_condition", config.clamp_condition),
             ("a learned variance", config.diffusion.variance == "learned_range"),
         )
         if found

@@ -215,7 +215,7 @@ def _names(config: UNetConfig, state: Mapping[str, Tensor], ours: bool = False) 
     """Our name of every tensor -> theirs, several where we keep them joined. A shortcut exists where `state`, which is
     theirs unless `ours`, has one: where the widths differ.
     """
-    for own, their, kind in _modules(config):
+    for own, their, kind in modules_of(config):
         for tensor in ("weight", "bias"):
             if kind == "plain":
                 yield f"{own}.{tensor}", [f"{their}.{tensor}"]
@@ -229,7 +229,7 @@ def _names(config: UNetConfig, state: Mapping[str, Tensor], ours: bool = False) 
                     yield f"{own}.{name}.{tensor}", [f"{their}.{part}.{tensor}" for part in names_there]
 
 
-def _modules(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
+def modules_of(config: UNetConfig) -> Iterator[tuple[str, str, str]]:
     """Our module, diffusers' module and their kind, in the order in which our U-Net is built."""
     levels, blocks = len(config.channel_mult), config.num_res_blocks
     counts = (blocks,) * levels if isinstance(blocks, int) else blocks

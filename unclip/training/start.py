@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, resolve_model
 from unclip.config import Config
 from unclip.errors import UnclipError
+from unclip.hub import parse_name
 from unclip.training.distributed import Distributed
 
 Reader = Callable[[Path], tuple[Any, dict[str, Tensor]]]
@@ -37,17 +38,19 @@ def open_start(
     parts: Sequence[str] | None = None,
     wanted: Callable[[Path], bool] = lambda _folder: True,
 ) -> Start:
-    """Read what `init_from` names: the folder of a part, of a run, of a bundle ('emoji' is the bundled one), or, with
-    `foreign`, of a checkpoint in diffusers' layout.
+    """Read what `init_from` names: the folder of a part, of a run, of a bundle ('emoji' is the bundled one), a
+    Hub id or, with `foreign`, of a checkpoint in diffusers' layout.
 
     `kind` is the part's kind and `read` its reader; of a bundle the first of `parts` is taken that is `wanted`.
     Raises UnclipError: no such folder, or one that holds no such part.
     """
-    folder = resolve_model(name) if name == BUNDLED else Path(name).expanduser()
+    folder = Path(name).expanduser()
+    if name == BUNDLED or (not folder.exists() and parse_name(name) is not None):
+        folder = resolve_model(name)
     if not folder.is_dir():
         raise UnclipError(
-            f"init_from names {name!r}, and there is no such folder; name a bundle, a run, the folder of a {kind}, or "
-            f"{BUNDLED!r} for the bundled model"
+            f"init_from names {name!r}, and there is no such folder; name a bundle, a run, the folder of a {kind}, a "
+            f"Hub id user/name, or {BUNDLED!r} for the bundled model"
         )
     if (folder / MANIFEST).is_file():
         folder = _of_bundle(folder, kind, parts or (kind,), wanted)
