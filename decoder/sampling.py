@@ -126,7 +126,7 @@ class DecoderStage:
         has_text, has_embedding = text is not None, embedding is not None
         denoiser = self._denoiser(condition, null, guidance, guidance_text, has_text, has_embedding, options)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
-        draw = sampler if callable(sampler) else get_sampler(sampler or config.sampler)
+        draw = get_sampler(sampler or config.sampler)
         x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta})).clamp(-1, 1)
         # Multistep samplers end on a mixture of several x̂_0; what is kept is kept to the bit.
         return keeping(condition["known_image"], condition["known"], None)(x) if config.inpainting else x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ class SampleOptions:
     prior_steps: Steps | None = None
     decoder_steps: Steps | None = None
     upsampler_steps: Steps | None = None
-    sampler: str | None = None
+    sampler: str | Callable[..., Tensor] | None = None
+    """The name of one of unclip.diffusion.SAMPLERS, or a function like them."""
     eta: float | None = None
     guidance_text: float | None = None
     guidance_interval: tuple[float, float] | None = None

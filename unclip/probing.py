@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from unclip.clip import TextFeatures
 from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
-from unclip.inputs import check_count, check_prompts, check_seeds
+from unclip.inputs import SampleOptions, check_count, check_prompts, check_seeds
 from unclip.parts import image_pixels
 from unclip.stages import Stages
 from unclip.upscaling import Progress, Timings
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 PAPER_DIMS = (20, 30, 40, 80, 120, 160, 200, 320)
 """The numbers of dimensions of unCLIP's Figure 7."""
+Conditioning = Literal["caption", "text embedding", "prior"]
+CONDITIONINGS: tuple[Conditioning, ...] = get_args(Conditioning)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Attack:
 
 
 class Probing(Stages):
-    """The methods `pca`, `zero_shot`, `typographic`, `compare_conditioning` and `guidance_sheet`."""
+    """The methods `pca`, `zero_shot`, `typographic`, `compare_conditioning`, `draw_conditioned` and `guidance_sheet`.
+    """
 
     components: PrincipalComponents | None
 
@@ -158,25 +162,56 @@ class Probing(Stages):
         "caption" (no image embedding), "text embedding" (caption, and CLIP's text embedding as if it were an image's),
         "prior" (caption, and the prior's image embedding). Raises UnclipError: the model has no prior.
         """
-        from decoder.text import text_embedding
-
         check_count(num_images)
         chosen = self._options(options)
         (text,) = check_prompts(prompt)
         seeds = check_seeds([seed + i for i in range(num_images)], num_images)
         self.timings = Timings()
-        features = self._timed("clip", lambda: self.embed_text([text] * num_images))
-        caption = self._caption([text] * num_images, features)
-        predicted = self._prior(features, seeds, chosen, progress)
-        ways = {
-            "caption": None,
-            "text embedding": text_embedding(features, self.decoder.config),
-            "prior": predicted,
-        }
-        return {
-            name: self._finish(self._render(embedding, caption, seeds, chosen, progress), "pil")
-            for name, embedding in ways.items()
-        }
+        texts = [text] * num_images
+        features = self._timed("clip", lambda: self.embed_text(texts))
+        drawn = {way: self._conditioned(texts, features, way, seeds, chosen, progress) for way in CONDITIONINGS}
+        return {way: self._finish(images, "pil") for way, images in drawn.items()}
+
+    def draw_conditioned(
+        self,
+        prompts: str | Sequence[str],
+        conditioning: Conditioning = "prior",
+        *,
+        seed: int | Sequence[int] = 0,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] of prompts by one of the ways of `compare_conditioning`; with "prior" those
+        of `sample`. A single seed serves all prompts. Raises UsageError: an unknown way; UnclipError: the model has no
+        prior.
+        """
+        if conditioning not in CONDITIONINGS:
+            raise UsageError(f"unknown conditioning {conditioning!r}; possible: {', '.join(CONDITIONINGS)}")
+        chosen = self._options(options)
+        texts = check_prompts(prompts)
+        seeds = check_seeds(seed, len(texts))
+        self.timings = Timings()
+        features = self._timed("clip", lambda: self.embed_text(texts))
+        return self._conditioned(texts, features, conditioning, seeds, chosen, progress)
+
+    def _conditioned(
+        self,
+        texts: list[str],
+        features: TextFeatures,
+        conditioning: Conditioning,
+        seeds: list[int],
+        options: SampleOptions,
+        progress: Progress | None,
+    ) -> Tensor:
+        from decoder.text import text_embedding
+
+        caption = self._caption(texts, features)
+        embedding: Tensor | None = None
+        if conditioning == "text embedding":
+            embedding = text_embedding(features, self.decoder.config)
+        elif conditioning == "prior":
+            embedding = self._prior(features, seeds, options, progress)
+        return self._render(embedding, caption, seeds, options, progress)
 
     def guidance_sheet(
         self,

@@ -72,6 +72,10 @@ class Stages:
         """
         return self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device))
 
+    def check_options(self, **options: Any) -> None:
+        """UsageError, UnclipError: options of `sample` that this model cannot follow."""
+        self._options(options)
+
     # ---- inside ----------------------------------------------------------------------------------------
 
     def check_size(self, size: int | None) -> int:

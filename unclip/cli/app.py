@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from unclip.cli import draw, edit, film, inspect, manipulate, probe
+from unclip.cli import draw, edit, evaluate, film, inspect, manipulate, probe
 from unclip.cli.embed import embed
 from unclip.cli.fit_pca import fit_pca
 from unclip.cli.groups import ungrouped
@@ -84,6 +84,14 @@ _PANELS: tuple[Panel, ...] = (
             probe.guidance_sheet: several(numbers=("--scales", "--prior-scales")),
             fit_pca: None,
             statistics: None,
+        },
+    ),
+    (
+        "How good it is",
+        {
+            evaluate.eval_: several(texts=("--metrics",)),
+            evaluate.sweep: several(numbers=("--scales", "--steps"), texts=("--etas", "--samplers")),
+            evaluate.memorisation: None,
         },
     ),
     (

@@ -126,12 +126,7 @@ def _embed_dataset(
 
 def _load_clip(model: str, clip_name: str | None, device: str) -> tuple[Any, str]:
     """The CLIP, and the name by which FrozenCLIP.load takes it."""
-    from unclip.inputs import resolve_device
-
-    local = os.environ.get("LOCAL_RANK")
-    place = resolve_device(device)
-    if device == "auto" and place.type == "cuda" and local is not None:
-        place = resolve_device(f"cuda:{local}")
+    place = opt.own_device(device)
     if clip_name is not None:
         from unclip.clip import FrozenCLIP
 

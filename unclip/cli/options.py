@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,6 +157,14 @@ Json = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.", rich_help_panel=_OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn together; changes memory, not pictures.")]
+
+
+def own_device(name: str) -> Any:
+    """The device of this name; with auto, of several processes on a machine with GPUs each has its own."""
+    from unclip.inputs import resolve_device
+
+    local, place = os.environ.get("LOCAL_RANK"), resolve_device(name)
+    return resolve_device(f"cuda:{local}") if name == "auto" and place.type == "cuda" and local is not None else place
 
 
 def given(**options: Any) -> dict[str, Any]:

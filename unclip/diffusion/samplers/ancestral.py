@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unclip.diffusion.guidance import Denoiser
-from unclip.diffusion.process import Step
+from unclip.diffusion.process import Prediction, Step
 from unclip.diffusion.samplers.common import Callback, Noise, tell, timestep
 from unclip.diffusion.variance import analytic_variance
 
@@ -43,6 +43,26 @@ def ddpm(
             x = mean + eta * torch.exp(0.5 * log_variance) * noise(x)
         tell(callback, number, steps, prediction.x_start)
     return x
+
+
+def ddpm_large(
+    denoiser: Denoiser,
+    x: Tensor,
+    steps: Sequence[Step],
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """`ddpm` with the larger variance β of the kept steps, whatever the network says of it: σ̂ of DDIM (Song et al.
+    2021, §5.1), which its table 1 compares.
+    """
+
+    def large(x_t: Tensor, t: Tensor) -> Prediction:
+        prediction = denoiser(x_t, t)
+        return prediction._replace(variance_fraction=torch.ones_like(prediction.x_start))
+
+    return ddpm(large, x, steps, noise, eta=eta, callback=callback)
 
 
 def analytic(
