@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks digits", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="runs, sheets and the report go there")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall",
-                        help="what the peer's seconds are counted by; cpu where other work shares the machine")  # fmt: skip
+                        help="that the peer's seconds are counted by; cpu where others use the machine")  # fmt: skip
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0],
                         help="scales that the peer draws with; the one of most accuracy counts")  # fmt: skip
     parser.add_argument("--without-peer", action="store_true")
@@ -166,8 +166,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} thread(s), load "
         f"{machine['load'][0]} at the start; {versions}; {report['seconds']['wall'] / 60:.0f} minutes, of a processor "
-        f"{report['seconds']['cpu'] / 60:.0f}. {digits['training']} digits to train on, {digits['held_out']} held out, of "
-        f"which the classifier knows {judges['classifier']:.1%} and the support vectors {judges['support_vectors']:.1%}.",
+        f"{report['seconds']['cpu'] / 60:.0f}. {digits['training']} digits to train on, {digits['held_out']} held out, "
+        f"of which the classifier knows {judges['classifier']:.1%} and the support vectors "
+        f"{judges['support_vectors']:.1%}.",
         "",
         "| pictures | right, classifier | right, support vectors | right, a phrasing never trained | FD, classifier | "
         "FD-CLIP |",

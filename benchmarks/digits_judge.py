@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.digits_data import SIZE, Digits
+from unclip.evaluation.metrics import frechet_distance
 
 FEATURES = 64
 
@@ -92,15 +93,6 @@ def _stored(digits: Digits) -> Any:
     return F.avg_pool2d(digits.pictures.mean(1, keepdim=True), SIZE // 8).flatten(1).numpy()
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """||μ_1 − μ_2||² + tr(Σ_1 + Σ_2 − 2 (Σ_1 Σ_2)^½) of two sets of features (N, D) (Heusel et al. 2017, eq. 6)."""
-    a, b = first.double(), second.double()
-    # (Σ_1 Σ_2)^½ has the square roots of the eigenvalues of Σ_1 Σ_2, which are real and not negative.
-    roots = torch.linalg.eigvals(a.T.cov() @ b.T.cov()).real.clamp_min(0).sqrt().sum()
-    spread = a.T.cov().trace() + b.T.cov().trace() - 2 * roots
-    return float((a.mean(0) - b.mean(0)).square().sum() + spread)
-
-
 def measure(
     drawn: Digits, held_out: Digits, classifier: Classifier, second: SupportVectors, embed: Callable[[Tensor], Tensor]
 ) -> dict[str, Any]:
@@ -108,8 +100,9 @@ def measure(
     `embed`'s.
     """
     with torch.no_grad():
+        seen, real = (classifier.features(one.pictures) for one in (drawn, held_out))
         distances = {
-            "fd_classifier": frechet_distance(classifier.features(drawn.pictures), classifier.features(held_out.pictures)),
+            "fd_classifier": frechet_distance(seen, real),
             "fd_clip": frechet_distance(embed(drawn.pictures), embed(held_out.pictures)),
         }
     return {**accuracy(classifier, drawn), "accuracy_svc": second.accuracy(drawn), **distances}

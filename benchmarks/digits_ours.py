@@ -23,14 +23,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         # Only ten things are ever said, so that a loss of pairs alone would let every seven be the same vector.
         "spread_weight": 0.3,
-        "train": {"steps": 250, "batch_size": 128, "ema_decay": 0.98, "optimizer": {**_OPTIMIZER, "lr": 1.5e-3}},
+        "train": {"steps": 160, "batch_size": 96, "ema_decay": 0.95, "optimizer": {**_OPTIMIZER, "lr": 2e-3}},
     },
     "prior": {
         "clip_cache": 8192,
         "model": {
             "width": 128, "depth": 3, "heads": 4, "drop_text": 0.1, "steps": 16, "guidance": 1.0, "candidates": 2,
         },
-        "train": {"steps": 500, "batch_size": 64, "ema_decay": 0.99, "optimizer": {**_OPTIMIZER, "lr": 1e-3}},
+        "train": {"steps": 300, "batch_size": 64, "ema_decay": 0.98, "optimizer": {**_OPTIMIZER, "lr": 1e-3}},
     },
     "decoder": {
         "clip_cache": 8192,
@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
             "diffusion": {"prediction": "x_start", "timestep_bias": 1.5},
             "steps": 20, "sampler": "ddim", "guidance": 1.0,
         },
-        "train": {"steps": 1200, "batch_size": 64, "ema_decay": 0.99, "optimizer": {**_OPTIMIZER, "lr": 2e-3}},
+        "train": {"steps": 700, "batch_size": 64, "ema_decay": 0.98, "optimizer": {**_OPTIMIZER, "lr": 2e-3}},
     },
 }  # fmt: skip
 STAGES = tuple(RECIPES)

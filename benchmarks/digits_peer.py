@@ -58,7 +58,9 @@ def features(clip: FrozenCLIP, digits: Digits) -> Features:
 class Peer:
     """Prior and decoder of dalle2-pytorch, trained one after the other."""
 
-    def __init__(self, clip: FrozenCLIP, prior_parameters: int, decoder_parameters: int, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, clip: FrozenCLIP, prior_parameters: int, decoder_parameters: int, widths: tuple[int, ...]
+    ) -> None:
         import dalle2_pytorch.dalle2_pytorch as package
 
         self.clip, dim, length = clip, clip.embedding_dim, clip.context_length
@@ -98,7 +100,9 @@ class Peer:
     def train_prior(self, data: Features, budget: Budget) -> None:
         from dalle2_pytorch.trainer import DiffusionPriorTrainer
 
-        trainer = DiffusionPriorTrainer(self.prior, lr=budget.lr, wd=0.02, max_grad_norm=1.0, ema_beta=0.99, ema_update_every=1)
+        trainer = DiffusionPriorTrainer(
+            self.prior, lr=budget.lr, wd=0.02, max_grad_norm=1.0, ema_beta=0.98, ema_update_every=1
+        )
 
         def step(rows: Tensor, generator: torch.Generator) -> float:
             text = _captions(data, rows, generator)
@@ -114,7 +118,7 @@ class Peer:
         from dalle2_pytorch.trainer import DecoderTrainer
 
         trainer = DecoderTrainer(
-            self.decoder, lr=budget.lr, wd=0.02, max_grad_norm=1.0, ema_beta=0.99, ema_update_every=1,
+            self.decoder, lr=budget.lr, wd=0.02, max_grad_norm=1.0, ema_beta=0.98, ema_update_every=1,
             ema_update_after_step=100,
         )  # fmt: skip
         between_0_and_1 = (pictures + 1) / 2
