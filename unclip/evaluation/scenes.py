@@ -179,12 +179,8 @@ def _told(image: np.ndarray, piece: np.ndarray, ground: np.ndarray, background: 
     # The ends of the shape lie within the rims' pixels by as much as those are covered.
     top, bottom = _ends(cover.max(1), rows)
     left, right = _ends(cover.max(0), columns)
-    best = ("", -1.0)
-    for kind in KINDS:
-        score = _overlap(cover, (left, right, top, bottom), kind)
-        if score > best[1]:
-            best = (kind, score)
-    kind = best[0]
+    found = _stretched(cover, left, right, top, bottom)
+    kind = max(KINDS, key=lambda name: _overlap(found, _template(name)))
     x0, x1, y0, y1 = extent(kind)
     radius = ((right - left) / (x1 - x0) + (bottom - top) / (y1 - y0)) / 2
     x = (left + right) / 2 - radius * (x0 + x1) / 2
@@ -218,16 +214,18 @@ def _template(kind: str) -> np.ndarray:
     return covered.astype(np.float32)
 
 
-def _overlap(cover: np.ndarray, box: tuple[float, float, float, float], kind: str) -> float:
-    """Intersection over union of what is covered within the box and a shape stretched over it."""
+def _stretched(cover: np.ndarray, left: float, right: float, top: float, bottom: float) -> np.ndarray:
+    """What is covered at _TEMPLATE² points spread over a box, whose ends are in pixels."""
     from scipy import ndimage
 
-    left, right, top, bottom = box
     steps = (np.arange(_TEMPLATE) + 0.5) / _TEMPLATE
     # Pixel i covers i to i + 1, so that its value stands at i + 0.5.
     rows, columns = np.meshgrid(
         top + steps * (bottom - top) - 0.5, left + steps * (right - left) - 0.5, indexing="ij"
     )
-    found = ndimage.map_coordinates(cover, [rows, columns], order=1, mode="constant")
-    wanted = _template(kind)
+    return np.asarray(ndimage.map_coordinates(cover, [rows, columns], order=1, mode="constant"))
+
+
+def _overlap(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Intersection over union of two covers."""
     return float(np.minimum(found, wanted).sum() / np.maximum(found, wanted).sum().clip(1e-6))
