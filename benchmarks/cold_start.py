@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--prompt", default="pizza")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
 
     rows = {"import torch": measure([sys.executable, "-c", "import torch"], arguments.runs)}
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     print("| command | median s | min s | max s | peak MB |\n|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| `{name}` | {row['median']:.2f} | {row['min']:.2f} | {row['max']:.2f} | {row['megabytes']:.0f} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     print("\n" + json.dumps(rows))
 
 

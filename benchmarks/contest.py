@@ -44,6 +44,10 @@ class Row:
     difference: float | None
     peak: float
     peer_peak: float
+    equal: str
+    """What of the work is the same, in words."""
+    flops: int
+    peer_flops: int
 
 
 def training_step(network: nn.Module, run: Callable[[nn.Module], Tensor], target: Tensor, amp: bool = False) -> Work:
@@ -110,6 +114,9 @@ def compete(
                         paired_ratio(theirs, mine), difference,
                         flops[ours.name] / Spread.of(mine).median / fastest,
                         flops[peer.name] / Spread.of(theirs).median / fastest,
+                        "weights and results" if difference is not None else "parameters and passes",
+                        flops[ours.name],
+                        flops[peer.name],
                     )
                 )
     return rows, max(peaks)

@@ -17,13 +17,20 @@ from benchmarks import peer_dalle2, peer_diffusers, stage_decoder, stage_prior, 
 from benchmarks.contest import Row, compete
 from benchmarks.machine import describe
 from benchmarks.report import to_json, to_markdown
-from benchmarks.shapes import SIZES
+from benchmarks.shapes import SIZES, PriorShape, UNetShape
 
 STAGES = {
     "prior": stage_prior.contestants,
     "decoder": stage_decoder.contestants,
     "upsampler": stage_upsampler.contestants,
 }
+
+
+def _work(shape: PriorShape | UNetShape) -> str:
+    """What a sampling is, in words."""
+    guided = isinstance(shape, PriorShape) or shape.image <= 64
+    told = f"batch {shape.batch}, sampling of {shape.steps} steps"
+    return f"{told}, guidance {shape.guidance:g}" if guided else told
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in arguments.stage:
         contestants = STAGES[name](getattr(SIZES[arguments.size], name), device, arguments.compile)
         notes += [
-            f"{name}: {contestants[0].parameters:,} parameters",
+            f"{name}: {contestants[0].parameters:,} parameters; {_work(getattr(SIZES[arguments.size], name))}",
             *(f"{name}: {note}" for one in contestants for note in one.notes),
         ]
         found, peak = compete(name, contestants, arguments.runs, device)

@@ -28,13 +28,15 @@ def to_markdown(
         f"Python {machine['python']}, {versions}; size {settings['size']}, {settings['runs']} runs; "
         f"measured peak {settings['peak'] / 1e9:.0f} GFLOP/s.",
         "",
-        "| stage | work | ours | peer | ours s | peer s | times as fast | largest difference | of peak, ours | peer |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| stage | work | ours | peer | equal | GFLOP, ours | peer | ours s | peer s | times as fast | "
+        "largest difference | of peak, ours | peer |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         difference = "—" if row.difference is None else f"{row.difference:.1e}"
         lines.append(
-            f"| {row.stage} | {row.work} | {row.ours} | {row.peer} | {row.seconds.median:.3g} | "
+            f"| {row.stage} | {row.work} | {row.ours} | {row.peer} | {row.equal} | {row.flops / 1e9:.3g} | "
+            f"{row.peer_flops / 1e9:.3g} | {row.seconds.median:.3g} | "
             f"{row.peer_seconds.median:.3g} | {_ratio(row.ratio)} | {difference} | {row.peak:.0%} | "
             f"{row.peer_peak:.0%} |"
         )

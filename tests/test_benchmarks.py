@@ -222,3 +222,46 @@ def test_prepared_halves_are_the_whole_network() -> None:
         whole = decoder(images.x, images.t, **given)
         halves = decoder.conditioned(images.x, images.t, decoder.read(**given))
     assert float(whole.std()) > 0.01 and torch.allclose(halves, whole, atol=1e-5)
+
+
+# ---- one report --------------------------------------------------------------------------------------------
+
+
+def test_every_command_of_the_report_is_one_and_has_a_main() -> None:
+    from importlib import import_module
+
+    from benchmarks.__main__ import COMMANDS, usage
+    from benchmarks.everything import WORKS
+
+    for name, (module, _) in COMMANDS.items():
+        assert callable(import_module(f"benchmarks.{module}").main) and f"  {name} " in usage()
+    for usual, tiny in WORKS.values():
+        assert usual[0] == tiny[0] and usual[0] in COMMANDS
+
+
+def test_a_part_that_fails_is_named_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import everything
+
+    monkeypatch.setattr(peer_dalle2, "INSTALLED", False)
+    works = {"wrong": (["nonsense"], ["nonsense"]), "help": (["networks", "--help"], ["networks", "--help"])}
+    monkeypatch.setattr(everything, "WORKS", works)
+    with pytest.raises(SystemExit) as ended:
+        everything.main(["--out", str(tmp_path), "--only", "wrong", "help"])
+    assert ended.value.code == 1
+    body, text = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
+    assert body["absent"] == ["dalle2-pytorch"] and "left out: dalle2-pytorch" in text
+    assert body["parts"]["help"]["error"] is None and "--stage" in body["parts"]["help"]["text"]
+    assert "Failed: " in text and body["machine"]["versions"]["torch"] in text
+
+
+def test_eight_pictures_beside_one(tiny_bundle: Path) -> None:
+    from argparse import Namespace
+
+    from benchmarks import batches
+
+    options = Namespace(device="cpu", model=str(tiny_bundle), size=64, runs=2, without_memory=True)
+    report = batches.measure(options)
+    assert [row["stage"] for row in report["rows"]] == ["prior", "decoder"]
+    for row in report["rows"]:
+        assert row["flops"][8] == pytest.approx(8 * row["flops"][1], rel=0.35) and row["ratio"]["median"] > 0
+    assert "| decoder |" in batches.to_text(report)

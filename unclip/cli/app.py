@@ -20,6 +20,7 @@ from unclip.cli.push import push
 from unclip.cli.runs import runs
 from unclip.cli.several import several
 from unclip.cli.statistics import statistics
+from unclip.cli.suite import pairs, prior_metrics, suite, tally
 from unclip.cli.upscale import restore, upscale
 
 app = typer.Typer(
@@ -93,6 +94,10 @@ _PANELS: tuple[Panel, ...] = (
             evaluate.eval_: several(texts=("--metrics",)),
             evaluate.sweep: several(numbers=("--scales", "--steps"), texts=("--etas", "--samplers")),
             evaluate.memorisation: None,
+            suite: several(texts=("--categories",)),
+            prior_metrics: None,
+            pairs: None,
+            tally: None,
         },
     ),
     (
