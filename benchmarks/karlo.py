@@ -1,6 +1,6 @@
 """A whole Karlo of about 50 million parameters: text to 256 px, ours beside diffusers' UnCLIPPipeline 0.37.1.
 
-    python -m benchmarks.karlo --peer d037/bin/python
+    python -m benchmarks karlo --peer d037/bin/python
 
 `--peer` is a Python that has diffusers 0.37.1 and transformers; without it ours is timed alone. Each side is a process
 of its own, which holds its model and draws when it is told, so that they take turns; the same weights (exported by
@@ -149,12 +149,12 @@ def _theirs(folder: Path) -> Any:
     return draw
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", help=f"a Python with diffusers {RELEASE}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.serve:
         serve(options.serve[0], Path(options.serve[1]))
         return
@@ -223,4 +223,4 @@ def _report(found: dict[str, list[dict[str, float]]], root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -100,7 +100,7 @@ def test_the_readme_has_its_two_lines_and_ci_runs_the_second() -> None:
     assert one_liners[0].endswith('.venv/bin/unclip sample --prompt "pizza"')
     marked = re.search(r"<!-- tests:begin -->\n```bash\n(.*)\n```\n<!-- tests:end -->", text)
     assert marked is not None and marked[1] == one_liners[1]
-    assert one_liners[1].endswith(".venv/bin/pytest")
+    assert one_liners[1].endswith(".venv/bin/pytest -n auto")
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert "pytest" not in script.read_text(encoding="utf-8"), "the line stands in the README alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,16 @@ def test_the_trainers_own_file_is_read() -> None:
     assert (config.version, config.depth, config.heads, config.head_dim) == ("1.15.6", 1, 3, 10)
     assert torch.equal(state["query"], stored["ema_model"]["net.learned_query"])
     assert isinstance(stored["warmup_scheduler"], Record)
+
+
+def test_the_command_makes_a_part(tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]) -> None:
+    source = DATA / "trainer_prior_1.15.6.pth"
+    code, out, err = run_cli("convert", source, "--out", tmp_path / "prior")
+    assert (code, out.strip()) == (0, str(tmp_path / "prior")), err
+    assert PriorStage.load(tmp_path / "prior").config.kind == "dalle2"
+    code, _, err = run_cli("convert", source, "--out", tmp_path / "prior")
+    assert code == 1 and "pass --overwrite" in err
+    code, _, err = run_cli("convert", source, "--out", tmp_path / "old", "--written-by", "0.1.0")
+    assert code == 1 and "unsupported era" in err and not (tmp_path / "old").exists()
+    code, _, err = run_cli("convert", tmp_path, "--out", tmp_path / "none", "--written-by", "1.6.5")
+    assert code == 2 and "--written-by" in err

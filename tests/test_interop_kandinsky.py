@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from diffusers import PriorTransformer, UnCLIPScheduler
 from safetensors.torch import load_file
 
-from prior import DiffusionPriorStage, Prior
+from prior import DiffusionPriorStage, Prior, PriorStage
 from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
 from unclip.interop.folders import read_prior
@@ -97,3 +98,9 @@ def test_what_does_not_fit_has_a_sentence(folder: Path) -> None:
     (folder / "prior" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(UnclipError, match="no weights file"):
         read_prior(folder)
+
+
+def test_the_command_makes_a_part(folder: Path, tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run_cli("convert", folder, "--out", tmp_path / "part")
+    assert (code, out.strip()) == (0, str(tmp_path / "part")), err
+    assert PriorStage.load(tmp_path / "part").config.embedding_dim == DIM

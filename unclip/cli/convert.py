@@ -11,6 +11,7 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.progress import Bars
+from unclip.errors import UsageError
 
 
 class Stored(str, Enum):
@@ -34,7 +35,8 @@ def convert(
         typer.Argument(
             metavar="SRC…",
             help="A folder or Hub id with somebody else's unCLIP: Karlo in diffusers' layout, or its .ckpt files. "
-            "Several belong together, as a text-to-image and an image-variations folder do.",
+            "Several belong together, as a text-to-image and an image-variations folder do. Or a single stage: a "
+            ".pth of DALLE2-pytorch, such as LAION's, or the folder of a Kandinsky prior.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
@@ -47,12 +49,20 @@ def convert(
     ] = None,
     dtype: Annotated[Stored, typer.Option(help="Type of the stored weights.")] = Stored.source,
     revision: Annotated[str | None, typer.Option(help="Of the Hub's repository: a branch, tag or commit.")] = None,
+    written_by: Annotated[
+        str | None,
+        typer.Option(metavar="1.6.5", help="The release of DALLE2-pytorch that wrote a file, where it tells none."),
+    ] = None,
+    settings: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="The configuration of such a file, where none lies beside it.")
+    ] = None,
     overwrite: opt.Overwrite = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Make a model folder of somebody else's checkpoint (see docs/interop.md).
 
-    `unclip sample --model SRC` does the same when SRC is first named, and keeps the result in the cache.
+    `unclip sample --model SRC` does the same when SRC is first named, and keeps the result in the cache. Of a single
+    stage a part is made, which `unclip bundle` joins with others.
     """
     import torch
 
@@ -60,16 +70,38 @@ def convert(
     from unclip.interop.detect import convert as convert_folders
     from unclip.interop.karlo import ConvertOptions, check_free
 
-    check_free(out, overwrite)
     folders = []
     for source in sources:
         folder = Path(source).expanduser()
         hub = None if folder.exists() else parse_name(source, revision)
         folders.append(folder if hub is None else fetch(hub, CHECKPOINT))
+    if len(folders) == 1 and _single_stage(folders[0], out, clip, written_by, settings, overwrite):
+        print(out)
+        return
+    if written_by is not None or settings is not None:
+        raise UsageError("--written-by and --settings are for files of DALLE2-pytorch, and SRC is none; leave them out")
     kind = None if dtype is Stored.source else getattr(torch, dtype.value)
+    check_free(out, overwrite)
     with Bars(quiet) as bars:
         convert_folders(folders, out, ConvertOptions(clip, upsampler_1024, kind, overwrite), bars)
     print(out)
+
+
+def _single_stage(
+    source: Path, out: Path, clip: str | None, written_by: str | None, settings: Path | None, overwrite: bool
+) -> bool:
+    """Convert a checkpoint that holds one stage; False where the source is none."""
+    if source.is_file() or (source.is_dir() and any(file.suffix == ".pth" for file in source.iterdir())):
+        from unclip.interop.dalle2_parts import convert_dalle2
+
+        convert_dalle2(source, out, settings, written_by, overwrite=overwrite)
+        return True
+    from unclip.interop.kandinsky import convert_kandinsky, is_kandinsky_prior
+
+    if is_kandinsky_prior(source):
+        convert_kandinsky(source, out, clip, overwrite)
+        return True
+    return False
 
 
 def export(

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from prior import PriorConfig
-from unclip.bundle import read_json
-from unclip.clip import TextFeatures
+from unclip.bundle import check_part_free, read_json, save_part
+from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.errors import UnclipError
 from unclip.interop.folders import read_prior_model
 from unclip.interop.prior import prior_from_diffusers
@@ -22,6 +22,18 @@ from unclip.interop.prior import prior_from_diffusers
 PIPELINES = ("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline")
 CLIPS = {768: "ViT-L-14/openai", 1280: "ViT-bigG-14/laion2b_s39b_b160k"}
 """The CLIP of each width, as FrozenCLIP.load takes it."""
+
+
+def convert_kandinsky(folder: Path, out: Path, clip: str | None = None, overwrite: bool = False) -> None:
+    """Write the prior to the folder `out`, which `unclip bundle` takes. With `clip`, as FrozenCLIP.load takes
+    it, the features of "" that guidance needs are stored with it.
+
+    Raises UnclipError: as `read_kandinsky_prior`; `out` is something else, or exists and `overwrite` is not set.
+    """
+    check_part_free(out, "prior", overwrite)
+    null = None if clip is None else FrozenCLIP.load(clip).encode_text([""])
+    config, state = read_kandinsky_prior(folder, null)
+    save_part(out, "prior", config, state)
 
 
 def is_kandinsky_prior(folder: Path) -> bool:
