@@ -15,6 +15,8 @@ import pytest
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before its client is imported: no test asks the network
+
 TINY_CLIP = {
     "embed_dim": 16,
     "image_size": 16,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unclip.bundle import MANIFEST
+from unclip.bundle import MANIFEST, read_json
 from unclip.errors import UnclipError
 from unclip.interop.karlo import ConvertOptions, DiffusersKarlo, write_bundle
 from unclip.interop.karlo_original import SUFFIXES, OriginalKarlo, found_files
@@ -83,9 +83,18 @@ def _look_diffusers(folders: Sequence[Path]) -> Found:
     if any(karlo.place(name) is not None for name in ("super_res_first", "super_res_last", "super_res_scheduler")):
         needed += ["super_res_first", "super_res_scheduler"]
     found = [name for name in needed if karlo.place(name) is not None]
-    if not any(karlo.place(name) is not None for name in ("text_proj", "super_res_first", "decoder", "prior")):
+    networks = [karlo.place(name) for name in ("text_proj", "super_res_first", "decoder", "prior")]
+    if not any(place is not None and not _is_part(place) for place in networks):
         return [], needed
     return found, [name for name in needed if name not in found]
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether it is a part of one of our bundles, which has folders of the same names."""
+    try:
+        return "kind" in read_json(folder / "config.json")
+    except UnclipError:
+        return False
 
 
 def _look_original(folders: Sequence[Path]) -> Found:
