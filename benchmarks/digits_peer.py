@@ -82,8 +82,9 @@ class Peer:
         # Its width is the embedding's, so that depth takes up the difference.
         shapes = [(depth, step / 16) for depth in range(1, 17) for step in range(32, 97)]
         shape = _nearest(prior_of, shapes, prior_parameters)
-        # In steps that its GroupNorms of 8 groups allow.
-        pairs = [(w, c) for w in range(16, 4 * widths[0], 8) for c in range(16, 4 * widths[0], 8)]
+        # In steps that its GroupNorms of 8 groups allow; where context and embedding are equally wide, it makes no
+        # tokens of the embedding and fails.
+        pairs = [(w, c) for w in range(16, 4 * widths[0], 8) for c in range(16, 4 * widths[0], 8) if c != dim]
         sizes = _nearest(unet_of, pairs, decoder_parameters)
         self.prior = package.DiffusionPrior(
             net=prior_of(shape), image_embed_dim=dim, cond_drop_prob=0.1, timesteps=1000, sample_timesteps=STEPS

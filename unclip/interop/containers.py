@@ -44,7 +44,10 @@ def read_container(file: Path) -> dict[str, Any]:
         raise UnclipError(f"there is no weights file at {file}")
     if _is_safetensors(file):
         return dict(read_safetensors(file))
-    return _read_torch(file)
+    stored = read_torch(file)
+    if not isinstance(stored, Mapping):
+        raise UnclipError(f"{file} holds a {type(stored).__name__}; expected a dictionary of weights")
+    return dict(stored)
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -137,7 +140,9 @@ def _whole(numbers: Any) -> bool:
 # ---- torch's files -------------------------------------------------------------------------------------
 
 
-def _read_torch(file: Path) -> dict[str, Any]:
+def read_torch(file: Path) -> Any:
+    """What torch saved in a file: tensors, which are slices of it, plain containers and `Record`s. UnclipError as
+    `read_container`."""
     zipped = zipfile.is_zipfile(file)
     if zipped:
         _check_zip(file)
@@ -156,10 +161,8 @@ def _read_torch(file: Path) -> dict[str, Any]:
             stored = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler raises whatever a damaged stream leads it into
         raise UnclipError(_refusal(file, error)) from error
-    if not isinstance(stored, Mapping):
-        raise UnclipError(f"{file} holds a {type(stored).__name__}; expected a dictionary of weights")
     _check_tensors(file, stored)
-    return dict(stored)
+    return stored
 
 
 def _refusal(file: Path, error: Exception) -> str:

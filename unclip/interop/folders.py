@@ -17,9 +17,8 @@ from unclip.interop.containers import read_container, tensors_of
 from unclip.interop.decoder import decoder_from_diffusers
 from unclip.interop.prior import prior_from_diffusers
 from unclip.interop.super_resolution import upsampler_from_diffusers
+from unclip.interop.tensors import WEIGHTS, read_tensors
 from upsamplers import UpsamplerConfig
-
-_WEIGHTS = ("diffusion_pytorch_model", "model")
 
 
 def read_prior(folder: Path) -> tuple[PriorConfig, dict[str, Tensor]]:
@@ -83,27 +82,7 @@ def _model(folder: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for name in _WEIGHTS:
-        for variant in ("", ".fp16"):
-            index = folder / f"{name}.safetensors.index{variant}.json"
-            single = folder / f"{name}{variant}.safetensors"
-            if index.is_file():
-                files = sorted({folder / Path(shard).name for shard in read_json(index).get("weight_map", {}).values()})
-            elif single.is_file():
-                files = [single]
-            else:
-                continue
-            state: dict[str, Tensor] = {}
-            for file in files:
-                try:
-                    state |= load_file(file)
-                except (SafetensorError, OSError) as error:
-                    raise UnclipError(f"{file} is damaged or not a safetensors file: {error}") from error
-            return state
-    pickled = [folder / f"{name}.bin" for name in (*_WEIGHTS, "pytorch_model") if (folder / f"{name}.bin").is_file()]
-    if pickled:  # tensors alone are read of it
+    pickled = [folder / f"{name}.bin" for name in (*WEIGHTS, "pytorch_model") if (folder / f"{name}.bin").is_file()]
+    if pickled and not any(folder.glob("*.safetensors")):  # tensors alone are read of it
         return tensors_of(pickled[0], read_container(pickled[0]))
-    raise UnclipError(f"{folder} has no weights; expected {_WEIGHTS[0]}.safetensors")
+    return read_tensors(folder)

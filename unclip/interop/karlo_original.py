@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from decoder import DecoderConfig
@@ -20,6 +19,7 @@ from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.errors import UnclipError
 from unclip.interop.clip_part import KARLO_CLIP, write_named_clip
+from unclip.interop.containers import read_torch
 from unclip.interop.decoder import decoder_from_diffusers
 from unclip.interop.karlo import ConvertOptions, told
 from unclip.interop.prior import prior_from_diffusers
@@ -107,29 +107,9 @@ class OriginalKarlo:
         return {"layout": "karlo", "from": sorted(file.name for file in self.files.values())}
 
 
-def read_pickled(file: Path) -> Any:
-    """What a `.ckpt` holds, as far as it is tensors and plain containers; memory-mapped, and nothing is executed.
-
-    Raises UnclipError: something else is pickled in it, or it is damaged.
-    """
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise UnclipError(f"{file} is damaged or no checkpoint: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # the unpickler raises many kinds
-        raise UnclipError(
-            f"{file} holds more than tensors, or is damaged, and is not unpickled: {str(error).splitlines()[0]}"
-        ) from error
-    try:  # of before torch 1.6, which cannot be mapped
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UnclipError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-
-
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
     """The state dict of a `.ckpt`. UnclipError: there is none in it."""
-    body = read_pickled(file)
+    body = read_torch(file)
     state = body.get("state_dict", body) if isinstance(body, dict) else None
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UnclipError(f"{file} holds no state_dict of tensors")
@@ -143,7 +123,7 @@ def found_files(folder: Path) -> tuple[dict[str, Path], tuple[Tensor, Tensor] | 
     for file in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file()):
         if file.suffix == ".pt":  # OpenAI's own file of the CLIP, which is a program
             continue
-        body = read_pickled(file)
+        body = read_torch(file)
         if isinstance(body, (tuple, list)) and len(body) == 2 and all(isinstance(one, Tensor) for one in body):
             statistics = body[0].flatten(), body[1].flatten()
         elif isinstance(body, dict):
