@@ -1,7 +1,7 @@
 """The same digits by dalle2-pytorch's DiffusionPrior and Decoder, with its own trainers, from the same embeddings.
 
 Equal are: pictures, CLIP features (computed before its clock starts), batch, learning rate and its course, weight
-decay, the number of parameters within 2 %, and the seconds each stage may take, which are those that ours took from
+decay, about the number of parameters, and the seconds each stage may take, which are those that ours took from
 call to exported model. Its objectives are its defaults: the prior predicts x_0, the decoder the noise with learned
 variances.
 """
