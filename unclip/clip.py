@@ -7,7 +7,6 @@ import logging
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing, resolve_model, write_json
+from unclip.clip_identity import CONFIG_FILE
 from unclip.errors import UnclipError, UsageError
+from unclip.text_features import TextFeatures
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
 
-CONFIG_FILE = "open_clip_config.json"
 IMAGE_ENCODER = "image_encoder"
 """Entry of CONFIG_FILE, false where a model was converted that has a text encoder alone."""
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """What the stages take from a caption: `tokens` (B, L, D), `mask` (B, L) True = real token, `embedding` (B, E) of
-    unit length, and in `norm` (B,) the length that the CLIP gave it.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    embedding: Tensor
-    norm: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.embedding)
-
-    def __getitem__(self, index: Any) -> TextFeatures:
-        norm = None if self.norm is None else self.norm[index]
-        return TextFeatures(self.tokens[index], self.mask[index], self.embedding[index], norm)
-
-    def to(self, device: torch.device | str) -> TextFeatures:
-        norm = None if self.norm is None else self.norm.to(device)
-        return TextFeatures(self.tokens.to(device), self.mask.to(device), self.embedding.to(device), norm)
 
 
 class FrozenCLIP(nn.Module):
@@ -364,13 +341,8 @@ def save_folder(folder: Path, model_config: dict[str, Any], state: dict[str, Ten
     from safetensors.torch import save_file
 
     size = model_config["vision_cfg"]["image_size"]
-    preprocess = {
-        "size": [size, size],
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "interpolation": "bicubic",
-        "resize_mode": "squash",
-    }
+    scale = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    preprocess = {"size": [size, size], **scale, "interpolation": "bicubic", "resize_mode": "squash"}
     with replacing(folder) as temporary:
         write_json(temporary / CONFIG_FILE, {"model_cfg": model_config, "preprocess_cfg": preprocess})
         # One file whatever its size: open_clip reads no shards.
@@ -388,10 +360,7 @@ def write_vocabulary(file: Path, merges: int) -> int:
 
     Merges are ordered by how common they are, so a small CLIP keeps whole common words and spells rare ones.
     """
-    from open_clip.tokenizer import default_bpe
-
-    with gzip.open(default_bpe(), "rt", encoding="utf-8") as whole:
-        lines = whole.read().split("\n")[: merges + 1]
+    lines = _vocabulary_lines()[: merges + 1]
     temporary = file.with_name(f".tmp-{file.name}")
     with temporary.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as packed:
         packed.write("\n".join(lines).encode())
@@ -408,10 +377,15 @@ def byte_alphabet() -> list[str]:
 
 def default_vocabulary() -> list[str]:
     """The merges of CLIP's own byte-pair vocabulary, 'a b' each: 49,408 tokens with bytes, start and end."""
+    return _vocabulary_lines()[1 : 49152 - 256 - 2 + 1]
+
+
+def _vocabulary_lines() -> list[str]:
+    """A heading, then a merge a line."""
     from open_clip.tokenizer import default_bpe
 
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as whole:
-        return whole.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+        return whole.read().split("\n")
 
 
 def _tokenizer_options(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from unclip.config import DataConfig
-from unclip.data.embeddings import EmbeddingInfo, check_pixels, open_array, open_table
+from unclip.data.embeddings import EmbeddingInfo, check_pixels, open_array, open_table, place_of
 from unclip.data.rows import Row
 from unclip.errors import UnclipError
 
@@ -64,8 +64,7 @@ class ClipRetrievalRows:
         table = self._table[indices]
         result = []
         for number, index in enumerate(indices):
-            shard = int(np.searchsorted(self._ends, index, side="right")) - 1
-            inside = index - int(self._ends[shard])
+            shard, inside = place_of(self._ends, index)
             image = np.array(self._images[shard][inside], np.float32)
             text = None if not self._texts else np.array(self._texts[shard][inside], np.float32)
             caption = table[self._caption][number]

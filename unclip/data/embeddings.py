@@ -148,8 +148,8 @@ class EmbeddingRows:
         table = self._table[indices]
         result = []
         for number, index in enumerate(indices):
-            place = int(np.searchsorted(self._ends, index, side="right")) - 1
-            shard, inside = self._shard(place), index - int(self._ends[place])
+            place, inside = place_of(self._ends, index)
+            shard = self._shard(place)
             key = table["key"][number]
             finite = bool(np.isfinite(shard.image[inside]).all())
             result.append(
@@ -264,3 +264,7 @@ def check_pixels(info: EmbeddingInfo, config: DataConfig) -> None:
         )
 
 
+def place_of(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """The shard that holds a row, and the row's number in it; `ends` is 0 and where each shard ends."""
+    shard = int(np.searchsorted(ends, index, side="right")) - 1
+    return shard, index - int(ends[shard])
