@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,7 @@ from unclip.errors import UnclipError, UsageError
 COUNT = 23  # a prime, so that batches never end with an epoch
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import datasets
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-    datasets.disable_progress_bars()
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 
 def _encoded(index: int, kind: str = "PNG", size: tuple[int, int] = (16, 16)) -> bytes:
