@@ -12,6 +12,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from conftest import TINY_CLIP
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -324,3 +325,25 @@ def test_crowding_loss_counts_the_dimensions_in_use() -> None:
     torch.testing.assert_close(crowding_loss(torch.cat([eye[:1], -eye[:1]])), torch.tensor(16.0).log())
     shifted = torch.nn.functional.normalize(four + 3 * eye[5], dim=1)  # a common component is no use of a dimension
     torch.testing.assert_close(crowding_loss(shifted), torch.tensor(4.0).log())
+
+
+def test_training_may_go_on_from_a_clip(tiny_clip_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from unclip.training.clip import carry_over
+
+    shape = parse_config(ClipConfig, TINY_CLIP).open_clip_config()
+    torch.manual_seed(5)
+    model, _ = build_trainable(shape, tiny_clip_folder)
+    carry_over(model, str(tiny_clip_folder))
+    for name, value in load_file(tiny_clip_folder / "open_clip_model.safetensors").items():
+        torch.testing.assert_close(model.state_dict()[name].reshape(value.shape), value.float(), msg=name)
+    wider = parse_config(ClipConfig, {**TINY_CLIP, "embed_dim": 48}).open_clip_config()
+    with pytest.raises(UnclipError, match=r"do not fit .*48"):
+        carry_over(build_trainable(wider, tiny_clip_folder)[0], str(tiny_clip_folder))
+    with pytest.raises(UnclipError, match=r"init_from names .* no open_clip_model\.safetensors"):
+        carry_over(model, str(tmp_path))
+    shutil.copytree(tiny_clip_folder, tmp_path / "model")
+    (tmp_path / "model" / "open_clip_model.safetensors").write_bytes(b"\x08")
+    with pytest.raises(UnclipError, match="damaged"):
+        carry_over(model, str(tmp_path))

@@ -30,15 +30,14 @@ from unclip.bundle import (
     save_weights,
     write_json,
 )
-from unclip.clip import CONFIG_FILE
-from unclip.clip_identity import identify, same_clip
+from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE, identify, same_clip
 from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
 from unclip.parts import apply_adapters
 from unclip.pipeline import UnCLIP
 
 _KINDS = {"prior": "prior", "decoder": "decoder", "upsampler_256": "upsampler", "upsampler_1024": "upsampler"}
-_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+_CLIP_WEIGHTS = (WEIGHTS_FILE, "open_clip_pytorch_model.safetensors", "model.safetensors")
 _CLIP_EXTRAS = (".json", ".txt", ".gz", ".model")  # configuration, vocabulary, tokenizer
 
 

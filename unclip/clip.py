@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing, resolve_model, write_json
-from unclip.clip_identity import CONFIG_FILE
+from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE
 from unclip.errors import UnclipError, UsageError
 from unclip.text_features import TextFeatures
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
@@ -346,7 +346,7 @@ def save_folder(folder: Path, model_config: dict[str, Any], state: dict[str, Ten
     with replacing(folder) as temporary:
         write_json(temporary / CONFIG_FILE, {"model_cfg": model_config, "preprocess_cfg": preprocess})
         # One file whatever its size: open_clip reads no shards.
-        weights = temporary / "open_clip_model.safetensors"
+        weights = temporary / WEIGHTS_FILE
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, weights, {"format": "pt"}
         )

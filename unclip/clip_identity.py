@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
 _PROBED = 32
 _TOLERANCE = 2e-3  # of a weight: a copy in half precision is the same CLIP
 
@@ -55,7 +56,7 @@ def _probe(folder: Path) -> list[float] | None:
     another format than safetensors."""
     from safetensors import SafetensorError, safe_open
 
-    file = folder / "open_clip_model.safetensors"
+    file = folder / WEIGHTS_FILE
     if not file.is_file():
         return None
     try:

@@ -81,6 +81,12 @@ class DataConfig(Config):
     crop_size: int | None = Field(None, ge=8, description="edge of a random crop of the resized image")
     horizontal_flip: bool = False
     augment: bool = Field(False, description="random shift, scale, rotation and background for CLIP training")
+    restyle: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the pictures shown in another style, for CLIP training: hue, contours, turn, blur, light",
+    )
     cache: bool = Field(False, description="keep decoded images in memory (small sets)")
     shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
     workers: int = Field(

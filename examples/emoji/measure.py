@@ -32,6 +32,7 @@ from scenes import SIZES, Scene, scene, vocabulary
 from torch import Tensor
 from torch.nn import functional as F
 
+SAME = 0.004  # root of the mean squared difference, of a range of 2, below which two drawings are one
 FIGURES = ("names", "phrasings", "prior", "variations", "elsewhere", "scenes", "upsamplers")
 # What is asked of a good model; shown beside what was measured.
 ASKED = {
@@ -49,6 +50,18 @@ class Emoji:
     rows: list[dict[str, Any]]
     pictures: Tensor
     asked: list[int]
+    drawing: Tensor = field(init=False)  # (N,) the first emoji with the same drawing: some share one
+
+    def __post_init__(self) -> None:
+        small = thumbnails(self.pictures)
+        same = distances(small, small) < SAME * small.shape[1] ** 0.5
+        self.drawing = same.int().argmax(dim=1)
+
+    def is_nearest(self, images: Tensor, targets: Sequence[int] | Tensor) -> Tensor:
+        """Whether of all drawings that of the target is the nearest to each of `images`, by mean squared error at
+        32×32."""
+        found = distances(thumbnails(images), thumbnails(self.pictures)).argmin(dim=1)
+        return self.drawing[found] == self.drawing[torch.as_tensor(targets)]
 
 
 @dataclass
@@ -67,8 +80,7 @@ class Settings:
 def identity(model: Any, asked: Sequence[tuple[str, int]], emoji: Emoji, settings: Settings) -> dict[str, Any]:
     """Share of (prompt, index of its emoji) whose picture is nearest to that emoji, and the prompts that failed."""
     prompts = [prompt for prompt, _ in asked]
-    targets = torch.tensor([index for _, index in asked])
-    right = nearest(sampled(model, prompts, settings), emoji.pictures) == targets
+    right = emoji.is_nearest(sampled(model, prompts, settings), [index for _, index in asked])
     wrong = [prompt for prompt, ok in zip(prompts, right.tolist(), strict=True) if not ok]
     return {"count": len(prompts), "identity": right.float().mean().item(), "wrong": wrong}
 
@@ -125,7 +137,7 @@ def varied(model: Any, seen: Tensor, targets: Sequence[int], emoji: Emoji, setti
     embeddings = batched(len(seen), settings.batch, lambda s: model.embed_image(seen[s]))
     drawn = batched(len(seen), settings.batch, lambda s: model.decode(
         embeddings[s], seed=settings.seed + 1, output="tensor", size=64, **settings.options))  # fmt: skip
-    return nearest(drawn, emoji.pictures) == torch.tensor(targets)
+    return emoji.is_nearest(drawn, targets)
 
 
 def variations(model: Any, emoji: Emoji, settings: Settings) -> dict[str, Any]:
@@ -202,10 +214,13 @@ FROM_VECTORS = {"elsewhere": elsewhere, "upsamplers": upsamplers}
 # ---------------------------------------------------------------- tools
 
 
-def nearest(images: Tensor, pictures: Tensor) -> Tensor:
-    """Index of the nearest of `pictures` for each of `images`, by mean squared error at 32×32."""
-    a, b = (F.interpolate(x.float().cpu(), (32, 32), mode="area").flatten(1) for x in (images, pictures))
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
+def thumbnails(images: Tensor) -> Tensor:
+    """(B, 3, S, S) -> (B, 3·32·32)."""
+    return F.interpolate(images.float().cpu(), (32, 32), mode="area").flatten(1)
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def batched(count: int, size: int, work: Callable[[slice], Tensor]) -> Tensor:

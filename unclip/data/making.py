@@ -16,6 +16,7 @@ from unclip.data.augment import augment_batch, random_crop, random_flip
 from unclip.data.embeddings import holds_embeddings
 from unclip.data.images import ImageError, Unwanted, to_float
 from unclip.data.order import IndexOrder, MixedOrder, Order, Sample
+from unclip.data.restyle import restyle_batch
 from unclip.data.rows import Row, Rows, Shards, is_sharded
 from unclip.data.select import select
 from unclip.data.sources import open_source
@@ -122,6 +123,10 @@ class Maker:
         """The random changes, then float32 (B, 3, S, S) in [-1, 1]."""
         if self._config.augment:
             images = list(augment_batch(to_float(torch.stack(images)), rngs))
+        if self._config.restyle:
+            stack = torch.stack(images)
+            floats = stack if stack.is_floating_point() else to_float(stack)
+            images = list(restyle_batch(floats, rngs, self._config.restyle))
         if self._config.crop_size is not None:
             size = self._config.crop_size
             images = [random_crop(image, size, rng) for image, rng in zip(images, rngs, strict=True)]

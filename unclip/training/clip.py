@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
+from unclip.bundle import BUNDLED, MANIFEST, load_strict, read_manifest, resolve_model
 from unclip.clip import build_trainable, clip_loss, save_folder, write_vocabulary
+from unclip.clip_identity import WEIGHTS_FILE
 from unclip.config import Config, DataConfig, TrainConfig
 from unclip.errors import UnclipError
 from unclip.training.distributed import Distributed
@@ -68,6 +70,10 @@ class ClipRunConfig(Config):
     """A whole CLIP training run."""
 
     model: ClipConfig = ClipConfig()
+    init_from: str | None = Field(
+        None,
+        description="a CLIP of the same sizes to go on from: a run, a bundle, or a folder in open_clip's layout",
+    )
     spread_weight: float = Field(
         0.0,
         ge=0,
@@ -94,6 +100,8 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
         raise UnclipError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
     torch.manual_seed(config.train.seed)
     model, tokenizer = build_trainable(config.model.open_clip_config(), vocabulary_folder)
+    if config.init_from is not None:
+        carry_over(model, config.init_from)
     Tuning(model, config.train, "clip", config.model)
 
     def loss_fn(network: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -119,6 +127,31 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
 
     batches = open_batches(config.data, config.train, distributed)
     return fit(model, loss_fn, batches, config.train, run_config=config, export=export)
+
+
+def carry_over(model: nn.Module, name: str) -> None:
+    """Load the weights of the CLIP that `init_from` names. UnclipError: there is none, or its sizes differ."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = resolve_model(name) if name == BUNDLED else Path(name).expanduser()
+    if (folder / MANIFEST).is_file():
+        folder = folder / read_manifest(folder)["parts"]["clip"]
+    elif (folder / "model" / WEIGHTS_FILE).is_file():
+        folder = folder / "model"
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise UnclipError(
+            f"init_from names {name!r}, where there is no {WEIGHTS_FILE}; name a run of train_clip.py, a bundle, or "
+            "the folder of a CLIP in open_clip's layout"
+        )
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UnclipError(f"{file} is damaged or not a safetensors file: {error}") from error
+    own = model.state_dict()
+    state["logit_scale"] = state["logit_scale"].reshape(own["logit_scale"].shape)  # here it has a dimension
+    load_strict(model, state, folder)
 
 
 def crowding_loss(embedding: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ _GAP, _MARGIN, _LINES = 4, 3, 4
 def fixed_batch(data: DataConfig, count: int, seed: int = 0) -> dict[str, Any]:
     """`count` whole samples that are the same however often a run is continued: of those held out of training where
     there are any (`data.holdout`), else of the data's own."""
-    plain = {"crop_size": None, "augment": False, "horizontal_flip": False, "cache": False}
+    plain = {"crop_size": None, "augment": False, "restyle": 0.0, "horizontal_flip": False, "cache": False}
     part = {"part": "validation"} if data.holdout else {}
     return dict(next(build_batches(data.model_copy(update={**plain, **part}), batch_size=count, seed=seed)))
 

@@ -31,7 +31,8 @@ class Validation:
                 f"train.validate_every is {config.validate_every}, but data.holdout is 0: no sample is held out of "
                 "training. Set data.holdout to a share such as 0.02, or train.validate_every to 0"
             )
-        part = data.model_copy(update={"part": "validation", "augment": False, "horizontal_flip": False})
+        plain = {"augment": False, "restyle": 0.0, "horizontal_flip": False}
+        part = data.model_copy(update={"part": "validation", **plain})
         source = build_batches(
             part,
             batch_size=micro_batch(config, distributed.world_size),

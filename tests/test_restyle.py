@@ -1,0 +1,93 @@
+"""Pictures in other styles: what each change keeps, and that a sample's own generator decides."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from unclip.data.restyle import STYLES, blurred, contours, hue, lit, restyle_batch, turned
+
+
+def _pictures(count: int = 6, size: int = 32) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def _rngs(count: int) -> list[np.random.Generator]:
+    return [np.random.default_rng(index) for index in range(count)]
+
+
+def test_share_says_how_many_change() -> None:
+    images = _pictures(200, 8)
+    assert torch.equal(restyle_batch(images, _rngs(200), 0.0), images)
+    changed = (restyle_batch(images, _rngs(200), 0.35) != images).flatten(1).any(1).sum().item()
+    assert 50 <= changed <= 90  # 70 are expected, with a deviation of 7
+    assert (restyle_batch(images, _rngs(200), 1.0) != images).flatten(1).any(1).sum().item() >= 195
+
+
+def test_result_does_not_depend_on_the_batch() -> None:
+    images = _pictures()
+    together = restyle_batch(images, _rngs(6), 0.8)
+    alone = torch.cat([restyle_batch(images[i : i + 1], _rngs(6)[i : i + 1], 0.8) for i in range(6)])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_pictures_stay_in_range(style: object) -> None:
+    light = (_pictures(1)[0] + 1) / 2
+    many = restyle_batch(_pictures(40), _rngs(40), 1.0)
+    assert many.abs().max() <= 1 and many.isfinite().all()
+    assert style(light, np.random.default_rng(0)).shape == light.shape  # type: ignore[operator]
+
+
+def test_hue_keeps_grey_and_the_sum_of_the_channels() -> None:
+    grey = torch.linspace(0, 1, 64).view(1, 8, 8).expand(3, 8, 8)
+    torch.testing.assert_close(hue(grey, np.random.default_rng(1)), grey)
+    light = (_pictures(1)[0] + 1) / 2
+    torch.testing.assert_close(hue(light, np.random.default_rng(1)).mean(0), light.mean(0))
+
+
+def test_hue_turns_by_the_angle_drawn() -> None:
+    red = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+
+    class Third:
+        """A generator that turns by 120°, at full strength."""
+
+        def __init__(self) -> None:
+            self.values = iter((2 * np.pi / 3, 1.0))
+
+        def uniform(self, *_: float) -> float:
+            return next(self.values)
+
+    turned_red = hue(red, Third())  # type: ignore[arg-type]
+    torch.testing.assert_close(turned_red.flatten(), torch.tensor([0.0, 1, 0]), atol=1e-6, rtol=0)
+
+
+def test_contours_are_where_brightness_changes() -> None:
+    flat = torch.full((3, 16, 16), 0.4)
+    assert torch.equal(contours(flat, np.random.default_rng(0)), torch.ones(3, 16, 16))
+    step = flat.clone()
+    step[:, :, 8:] = 0.9
+    drawn = contours(step, np.random.default_rng(0))
+    assert torch.equal(drawn[:, :, :7], torch.ones(3, 16, 7)) and drawn[:, :, 7:9].max() < 0.6
+
+
+def test_blur_and_turn_keep_a_plain_picture() -> None:
+    plain = torch.tensor([0.2, 0.5, 0.7]).view(3, 1, 1).expand(3, 32, 32)
+    for style in (blurred, turned):
+        torch.testing.assert_close(style(plain, np.random.default_rng(3)), plain)
+
+
+def test_blur_spreads_a_point_and_keeps_its_sum() -> None:
+    point = torch.zeros(3, 33, 33)
+    point[:, 16, 16] = 1
+    spread = blurred(point, np.random.default_rng(0))
+    torch.testing.assert_close(spread.sum((1, 2)), torch.ones(3))
+    assert spread.max() < 1 and spread.max() == spread[0, 16, 16]
+
+
+def test_light_colours_the_background() -> None:
+    white = torch.ones(3, 32, 32)
+    shown = lit(white, np.random.default_rng(0))
+    assert (shown.mean((1, 2)) < 1).all() and shown.mean((1, 2)).std() > 0.01
