@@ -59,6 +59,13 @@ class Oracle:
             return torch.stack([self.scenes[prompt] for prompt in prompts])
         return self.pictures[self._index(prompts)]
 
+    @property
+    def clip(self) -> Any:
+        """Names embedded as their pictures are."""
+        return SimpleNamespace(
+            encode_text=lambda prompts: SimpleNamespace(embedding=self.predict_embedding(prompts, seed=0))
+        )
+
     def embed_image(self, images: Tensor) -> Tensor:
         small = F.interpolate(images, (16, 16), mode="area").flatten(1)
         return F.normalize(small - small.mean(1, keepdim=True), dim=1)
@@ -89,7 +96,8 @@ def figures(world: SimpleNamespace, emoji: Any, shift: int, wanted: list[str], *
 
 
 def test_a_perfect_model_gets_full_marks(world: SimpleNamespace, emoji: Any) -> None:
-    report = figures(world, emoji, 0, ["names", "phrasings", "prior", "variations", "scenes"])
+    report = figures(world, emoji, 0, ["clip", "names", "phrasings", "prior", "variations", "scenes"])
+    assert report["clip"]["name_to_picture"] == report["clip"]["picture_to_name"] == 1.0
     assert report["names"]["identity"] == report["phrasings"]["identity"] == 1.0
     assert report["names"]["count"] == len(DRAWINGS) and report["names"]["wrong"] == []
     assert report["phrasings"]["keyword_identity"] == 1.0 and report["phrasings"]["keyword_count"] > 0
@@ -102,12 +110,22 @@ def test_a_perfect_model_gets_full_marks(world: SimpleNamespace, emoji: Any) -> 
 
 
 def test_a_wrong_model_gets_none(world: SimpleNamespace, emoji: Any) -> None:
-    report = figures(world, emoji, 1, ["names", "phrasings", "prior", "variations", "scenes"])
+    report = figures(world, emoji, 1, ["clip", "names", "phrasings", "prior", "variations", "scenes"])
+    assert report["clip"]["name_to_picture"] == report["clip"]["picture_to_name"] == 0.0
+    assert len(report["clip"]["wrong_name_to_picture"]) == report["clip"]["count"]
     assert report["names"]["identity"] == report["phrasings"]["identity"] == report["variations"]["identity"] == 0.0
     assert len(report["names"]["wrong"]) == len(DRAWINGS)
     assert report["prior"]["cos_prediction_real"] < 0.9
     assert report["scenes"]["trained"]["right"] <= 0.1 and report["scenes"]["held_out"]["right"] <= 0.1
     assert 0 < report["scenes"]["trained"]["background"] < 0.6  # a background may agree by chance
+
+
+def test_emoji_that_share_a_drawing_count_as_one(world: SimpleNamespace, emoji: Any) -> None:
+    twins = emoji.pictures.clone()
+    twins[3] = twins[1]
+    some = world.measure.Emoji(emoji.rows, twins, emoji.asked)
+    assert some.drawing.tolist() == [1 if i == 3 else i for i in range(len(twins))]
+    assert some.is_nearest(twins[[1, 1, 0]], [1, 3, 3]).tolist() == [True, True, False]
 
 
 def test_variations_of_restyled_drawings_are_told_apart_by_style(world: SimpleNamespace, emoji: Any) -> None:

@@ -4,6 +4,7 @@
 
 `--data` is made by `prepare.py --captions natural` from all emoji, `--source` holds the vectors. Figures:
 
+- clip: whether a name's text embedding is nearest to its own picture's among all, and a picture's to its own name's;
 - names, phrasings: a 64 px picture is drawn for a name, or for a phrasing that training never had; among all emoji at
   32×32 the named one must be the nearest by mean squared error;
 - prior: cosines between the prior's embedding of a held-out phrasing and the picture's own, or another's;
@@ -33,9 +34,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SAME = 0.004  # root of the mean squared difference, of a range of 2, below which two drawings are one
-FIGURES = ("names", "phrasings", "prior", "variations", "elsewhere", "scenes", "upsamplers")
+FIGURES = ("clip", "names", "phrasings", "prior", "variations", "elsewhere", "scenes", "upsamplers")
 # What is asked of a good model; shown beside what was measured.
 ASKED = {
+    "clip.name_to_picture": 0.90, "clip.picture_to_name": 0.90,
     "names.identity": 0.90, "phrasings.identity": 0.75, "phrasings.keyword_identity": 0.75,
     "prior.cos_prediction_real": 0.85, "prior.cos_prediction_unrelated": -0.2, "variations.identity": 0.90,
     "scenes.trained.right": 0.80, "scenes.held_out.right": 0.60, "upsamplers.256.gain_db": 3.0,
@@ -75,6 +77,21 @@ class Settings:
 
 
 # ---------------------------------------------------------------- figures
+
+
+def clip(model: Any, emoji: Emoji, settings: Settings) -> dict[str, Any]:
+    """Top-1 shares of zero-shot retrieval among all emoji, with the names that failed and what was found for them."""
+    labels = [plain(row["name"]) for row in emoji.rows]
+    count = len(labels)
+    pictures = batched(count, settings.batch, lambda s: model.embed_image(emoji.pictures[s]))
+    texts = batched(count, settings.batch, lambda s: model.clip.encode_text(labels[s]).embedding)
+    similarity = F.normalize(texts, dim=1) @ F.normalize(pictures, dim=1).T
+    report: dict[str, Any] = {"count": len(emoji.asked)}
+    for key, found in (("name_to_picture", similarity.argmax(1)), ("picture_to_name", similarity.argmax(0))):
+        wrong = [i for i in emoji.asked if emoji.drawing[found[i]] != emoji.drawing[i]]
+        report[key] = 1 - len(wrong) / len(emoji.asked)
+        report[f"wrong_{key}"] = [f"{labels[i]} → {labels[found[i]]}" for i in wrong]
+    return report
 
 
 def identity(model: Any, asked: Sequence[tuple[str, int]], emoji: Emoji, settings: Settings) -> dict[str, Any]:
@@ -208,7 +225,7 @@ def upsamplers(model: Any, emoji: Emoji, source: Path, settings: Settings) -> di
     return report
 
 
-FROM_PICTURES = {"names": names, "phrasings": phrasings, "prior": prior, "variations": variations}
+FROM_PICTURES = {"clip": clip, "names": names, "phrasings": phrasings, "prior": prior, "variations": variations}
 FROM_VECTORS = {"elsewhere": elsewhere, "upsamplers": upsamplers}
 
 # ---------------------------------------------------------------- tools
