@@ -18,30 +18,40 @@ stage() {
     deepspeed --master_port "$PORT" "$@"
 }
 
-# All emoji without skin tone for the CLIP, the familiar ones at full size for everything that draws.
+# All emoji without skin tone, with captions of names and keywords and with captions as people type them; the familiar ones
+# at full size for the decoder's first phases and the upsamplers.
 python examples/emoji/prepare.py --source "$SOURCE" --size 256 --out "$DATA/emoji_256"
+python examples/emoji/prepare.py --source "$SOURCE" --size 256 --captions natural --out "$DATA/emoji_natural"
 python examples/emoji/prepare.py --source "$SOURCE" --size 1024 --out "$DATA/emoji_1024" \
     --names examples/emoji/familiar.txt
 
-clip=$RUNS/clip/model
+first=$RUNS/clip/model
+clip=$RUNS/clip_natural/model
 familiar=data.source=$DATA/emoji_1024
+natural=data.source=$DATA/emoji_natural
 stage train_clip.py --config configs/clip/emoji.yaml data.source="$DATA/emoji_256" train.run_dir="$RUNS/clip"
-stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$familiar" train.run_dir="$RUNS/prior"
-# The decoder in three phases: v-prediction first, then x_0 from its features with a fresh output layer, then a last stretch
-# that looks mostly at the noisiest timesteps.
-stage train_decoder.py --config configs/decoder/emoji_64_v.yaml clip="$clip" "$familiar" \
+# The decoder's first three phases need the first CLIP alone: v-prediction, then x_0 from its features with a fresh output
+# layer, then a stretch that looks mostly at the noisiest timesteps.
+stage train_decoder.py --config configs/decoder/emoji_64_v.yaml clip="$first" "$familiar" \
     train.run_dir="$RUNS/decoder_v"
-stage train_decoder.py --config configs/decoder/emoji_64.yaml clip="$clip" "$familiar" \
+stage train_decoder.py --config configs/decoder/emoji_64.yaml clip="$first" "$familiar" \
     train.run_dir="$RUNS/decoder" init_from="$RUNS/decoder_v/model"
-stage train_decoder.py --config configs/decoder/emoji_64_last.yaml clip="$clip" "$familiar" \
+stage train_decoder.py --config configs/decoder/emoji_64_last.yaml clip="$first" "$familiar" \
     train.run_dir="$RUNS/decoder_last" init_from="$RUNS/decoder/model"
+# From the familiar emoji to all of them, on a CLIP that went on with natural captions.
+stage train_clip.py --config configs/clip/emoji_natural.yaml init_from="$first" "$natural" \
+    train.run_dir="$RUNS/clip_natural"
+stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$natural" train.run_dir="$RUNS/prior"
+stage train_decoder.py --config configs/decoder/emoji_64_all.yaml clip="$clip" \
+    "data.sources=[{source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}]" \
+    train.run_dir="$RUNS/decoder_all" init_from="$RUNS/decoder_last/model"
 for size in 64_to_256 256_to_1024; do
     stage train_upsampler.py --config "configs/upsampler/emoji_$size.yaml" "$familiar" \
         train.run_dir="$RUNS/upsampler_${size#*_to_}"
 done
 
 unclip bundle --overwrite --out "$OUT" --name emoji --license Apache-2.0 --clip "$clip" \
-    --prior "$RUNS/prior/model" --decoder "$RUNS/decoder_last/model" \
+    --prior "$RUNS/prior/model" --decoder "$RUNS/decoder_all/model" \
     --upsampler-256 "$RUNS/upsampler_256/model" --upsampler-1024 "$RUNS/upsampler_1024/model" \
     --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md
 unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_256" --samples 1550
