@@ -230,7 +230,7 @@ def tally(
 ) -> None:
     """Count the votes of `unclip pairs`: shares with confidence intervals, and a sign test.
 
-    A tie counts half for each. With several voters heed the interval over pairs, as votes on a pair go together.
+    A tie counts half for each. The interval is Wilson's of one voter's votes; of several it resamples voters and pairs.
     """
     from unclip.evaluation.pairs import count, read_key, report
 
