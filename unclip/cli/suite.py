@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unclip.evaluation.dataset import EvaluationData
     from unclip.evaluation.report import Report
     from unclip.evaluation.suites import Checker, Suite
+    from unclip.evaluation.trained import Trained
     from unclip.pipeline import UnCLIP
 
 _DATA = "The data"
@@ -64,7 +65,7 @@ def suite(
         typer.Option(
             metavar="SOURCE",
             help="emoji: the pictures among which the nearest is looked for. scenes: 'synthetic', what the model was "
-            "trained on, to tell trained prompts from others.",
+            "trained on, to tell combinations trained on from others.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -290,19 +291,19 @@ def _open(config: DataConfig, size: int, limit: int | None = None) -> Evaluation
     return EvaluationData(config.model_copy(update={"image_size": size}), limit)
 
 
-def _trained(wanted: Suite, data: str | None, split: str, changes: list[str] | None) -> set[str] | None:
-    """The captions trained on, of drawn shapes; None where that is not asked."""
+def _trained(wanted: Suite, data: str | None, split: str, changes: list[str] | None) -> Trained | None:
+    """What of drawn shapes was trained on; None where that is not asked."""
     if wanted.check != "scenes" or data is None:
         return None
-    from unclip.evaluation.suites import trained_captions
+    from unclip.evaluation.trained import Trained
 
     config = _config(data, split, changes)
-    if config.source != "synthetic" or config.split != "train":
+    if config.source != "synthetic" or config.split != "train" or config.part != "train":
         raise UsageError(
             f"--data is {data!r}, split {config.split!r}; of drawn shapes only what was trained on can be named: "
             "--data synthetic --set synthetic.size=… --set synthetic.max_objects=…"
         )
-    return trained_captions(config.synthetic)
+    return Trained.read(config)
 
 
 def _checker(
