@@ -121,10 +121,12 @@ def prior_metrics(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="The training images, whose mean is the best constant vector (default: the measured ones).",
+            help="The training images, whose mean is the best constant vector (default: the measured ones'). --set "
+            "holds for them too, less what is held out.",
             rich_help_panel=_DATA,
         ),
     ] = None,
+    train_split: Annotated[str, typer.Option(help="Of --train.", rich_help_panel=_DATA)] = "train",
     split: Split = "train",
     changes: Changes = None,
     prior_guidance: opt.PriorGuidance = None,
@@ -157,7 +159,10 @@ def prior_metrics(
     stage = PriorStage.load(folder / parts["prior"], place)
     options = opt.given(guidance=prior_guidance, steps=prior_steps)
     stage.check_options(steps=prior_steps)
-    others = None if train is None else _open(_config(train, split, None), clip.image_size)
+    others = None
+    if train is not None:
+        kept = {"source": train, "split": train_split, "part": "train"} | ({} if train == data else {"holdout": 0.0})
+        others = _open(config.model_copy(update=kept), clip.image_size)
     report = measure(
         _open(config, clip.image_size, samples), Extractor(clip, str(folder / parts["clip"])), stage,
         seed=seed, batch_size=batch_size, train=others, options=options,

@@ -207,8 +207,9 @@ def summarise(
     if met:
         report.sections.append(_training_section(met))
     for name, category in suite.categories.items():
-        picture = sheet(groups[name])
-        report.sections.append(Section(name, category.about, picture=(f"sheet-{file_name(name)}", picture)))
+        found = sheet(groups[name])
+        alt = f"The pictures of {len(groups[name])} prompts, each below its prompt; report.json holds what was found."
+        report.sections.append(Section(name, category.about, picture=(f"sheet-{file_name(name)}", found), alt=alt))
     report.values = {
         "categories": told,
         **({"by_training": met} if met else {}),
