@@ -15,7 +15,8 @@ RED = Image.new("RGB", (64, 64), "red")
 
 
 def made() -> Report:
-    report = Report("A < B & “C”", {"model": "tiny", "made with": {"torch": "2.9", "n": None}, "settings": {"steps": list(range(60)), "markup": "<b>&</b>"}})
+    settings = {"steps": list(range(60)), "markup": "<b>&</b>"}
+    report = Report("A < B & “C”", {"model": "tiny", "made with": {"torch": "2.9", "n": None}, "settings": settings})
     report.figures = [Figure("fid", "FID", 12.345, "lower", 0.5, 3.0, "a note <with> marks"), Figure("x", "X", 1.0)]
     report.sections = [
         Section("Curves", "Words & more.", picture=("curves", Image.new("RGB", (1200, 300))), alt="Two plots: a; b"),

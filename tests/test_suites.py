@@ -224,7 +224,10 @@ def test_a_suite_is_drawn_judged_and_told() -> None:
     apart = json.loads(report.json())["by_training"]
     assert apart["shapes"][suites.MET]["prompts"] == 4 and apart["shapes"][suites.NEW]["prompts"] == 10
     assert set(apart["places"]) == {suites.NEW} and apart["places"][suites.NEW]["value"] == pytest.approx(2 / 3)
-    assert "| shapes | 4 | 67% (39%–86%) | 10 | 67% (49%–81%) |" in report.markdown()
+    assert apart[suites.ONE][suites.NEW]["prompts"] == 25
+    # Of six statements one is wrong in every third picture.
+    assert apart["shapes"][suites.NEW]["statements"] == pytest.approx(1 - 1 / 18)
+    assert "| shapes | 4 | 67% (39%–86%) | 94% | 10 | 67% (49%–81%) | 94% |" in report.markdown()
     pictures = [section.picture for section in report.sections if section.picture is not None]
     assert [name for name, _ in pictures] == ["sheet-shapes", "sheet-places"]
     assert "| shapes | 14 | 42 | 67% | 100% | 67% |" in report.markdown()

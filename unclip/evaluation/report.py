@@ -114,11 +114,17 @@ class Report:
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         arrows = {"higher": "↑", "lower": "↓", "": ""}
+        compared = any(one.reference is not None for one in self.figures)
         rows = [
-            [f"{one.label} {arrows[one.better]}".strip(), number(one.value, one.error), number(one.reference), one.note]
+            [
+                f"{one.label} {arrows[one.better]}".strip(),
+                number(one.value, one.error),
+                *([number(one.reference)] if compared else []),
+                one.note,
+            ]
             for one in self.figures
         ]
-        return ["figure", "value", "real pictures", ""], rows
+        return ["figure", "value", *(["real pictures"] if compared else []), ""], rows
 
 
 def number(value: float | None, error: float | None = None) -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent / "prompts"
 RIGHT = "right"
 MET, NEW = "combination trained on", "combination never trained on"
+ONE = "all of one object"
 _COLUMNS = 6
 
 
@@ -223,28 +224,38 @@ def summarise(
 
 
 def _by_training(groups: Mapping[str, Sequence[Result]], trained: Trained) -> dict[str, dict[str, Any]]:
-    """Of each category the share that is right of prompts whose combinations were trained on, and of the others."""
+    """Of each category, and of all prompts with one object, the share that is right of prompts whose combinations were
+    trained on, and of the others.
+    """
+    single = [one for results in groups.values() for one in results if len(scenes.parse(one.prompt).things) == 1]
     found: dict[str, dict[str, Any]] = {}
-    for name, results in groups.items():
+    for name, results in {**groups, ONE: single}.items():
         for kind, met in ((MET, True), (NEW, False)):
             own = [one for one in results if trained.knows(one.prompt) == met]
             checks = [one for result in own for one in result.checks]
             if checks:
                 share = wilson(sum(one[RIGHT] for one in checks), len(checks))
-                found.setdefault(name, {})[kind] = {"prompts": len(own), "pictures": len(checks), **vars(share)}
+                each = [holds for one in checks for aspect, holds in one.items() if aspect != RIGHT]
+                found.setdefault(name, {})[kind] = {
+                    "prompts": len(own), "pictures": len(checks), **vars(share), "statements": sum(each) / len(each),
+                }  # fmt: skip
     return found
 
 
 def _training_section(met: Mapping[str, Mapping[str, Any]]) -> Section:
     def cells(one: Mapping[str, Any] | None) -> list[Any]:
-        return [0, ""] if one is None else [one["prompts"], f"{one['value']:.0%} ({one['low']:.0%}–{one['high']:.0%})"]
+        if one is None:
+            return [0, "", ""]
+        share = f"{one['value']:.0%} ({one['low']:.0%}–{one['high']:.0%})"
+        return [one["prompts"], share, f"{one['statements']:.0%}"]
 
     rows = [[name, *cells(kinds.get(MET)), *cells(kinds.get(NEW))] for name, kinds in met.items()]
     text = (
         "A combination is an object's size, colour, shape and place, whatever the background; a prompt counts as "
-        "trained on where all of its objects do. Shares of pictures in which everything is right."
+        "trained on where all of its objects do. Right is a picture in which everything is; statements count each."
     )
-    return Section("By what was trained on", text, (["category", "trained on", "right", "never", "right"], rows))
+    head = ["category", "trained on", "right", "statements", "never", "right", "statements"]
+    return Section("By what was trained on", text, (head, rows))
 
 
 def _group(results: Sequence[Result], aspects: Sequence[str]) -> dict[str, Any]:
