@@ -38,7 +38,7 @@ th, td { padding: .35rem .8rem; text-align: right; vertical-align: top; border-b
 th { font-weight: 600; } tbody th { font-weight: 400; } th:first-child, .words { text-align: left; }
 thead th { background: var(--raised); } td { white-space: nowrap; }
 td.words { white-space: normal; color: var(--quiet); font-size: .88em; min-width: 14rem; }
-figure { margin: 0; } img { display: block; }
+.dense th, .dense td { padding: .3rem .45rem; font-size: .88rem; } figure { margin: 0; } img { display: block; }
 .plot img { max-width: 100%%; height: auto; background: #ffffff; border: 1px solid var(--line); }
 .cells { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(var(--cell), 100%%), 1fr)); gap: 1rem .8rem;
   margin: .8rem 0; padding: 0; list-style: none; }
@@ -53,6 +53,7 @@ figure { margin: 0; } img { display: block; }
 @media print { details { display: none; } h2 { break-after: avoid; } figure, tr { break-inside: avoid; } }
 """
 _WIDE = 900  # pixels: a plot of several panels, which a narrow screen scrolls sideways instead of shrinking
+_MANY = 8  # columns
 _LONG = 90  # characters: longer facts are folded away
 
 
@@ -159,7 +160,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], label: str) -> st
         cells = "".join(f"<td{_class(words[i])}>{html.escape(text(value))}</td>" for i, value in enumerate(rest, 1))
         lines.append(f'<tr><th scope="row">{html.escape(text(first))}</th>{cells}</tr>')
     body = "\n".join(lines)
-    return f"{_scrolled(label)}<table><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>"
+    kind = ' class="dense"' if len(head) > _MANY else ""
+    return f"{_scrolled(label)}<table{kind}><thead><tr>{top}</tr></thead>\n<tbody>{body}</tbody></table></div>"
 
 
 def _class(words: bool) -> str:
