@@ -10,6 +10,7 @@ COMMANDS = {
     "all": ("everything", "every measurement below that ends by itself, as one report in Markdown and JSON"),
     "networks": ("networks", "the networks beside diffusers' and dalle2-pytorch's: forward, training step, sampling"),
     "batches": ("batches", "eight pictures drawn together beside one, stage by stage, and the memory each takes"),
+    "training-memory": ("training_memory", "what a training step adds in memory, beside both peers'"),
     "cold-start": ("cold_start", "`unclip sample` as a user meets it, a new process each run"),
     "data-loading": ("data_loading", "images a second from tars, beside what a training step consumes"),
     "precompute": ("precompute", "embedding a data set, beside the CLIP alone"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 Work = Callable[[], Any]
+BUDGET = "UNCLIP_BENCHMARKS_SECONDS"
+"""Of the environment: after so many seconds of the process no further round is begun, though each work gets one."""
+CUT = "cut short: "
+"""How the line on stderr begins that tells of rounds left out."""
+_STARTED = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -35,15 +42,21 @@ class Spread:
 
 def in_turns(works: Mapping[str, Work], runs: int, device: torch.device, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of `runs` runs of each work. Every round runs all of them once, every second round in reverse order, so
-    that a machine that grows slower or faster favours none. `warm_up` rounds go before and are not timed.
+    that a machine that grows slower or faster favours none. `warm_up` rounds go before and are not timed. Rounds that
+    the budget leaves no time for are left out, which stderr is told.
     """
     if runs < 1 or warm_up < 0:
         raise ValueError(f"{runs} runs after {warm_up} rounds of warming up; expected 1 or more after 0 or more")
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    until = _STARTED + float(os.environ.get(BUDGET) or "inf")
     gc.collect()
     gc.disable()  # a collection would fall on whoever's turn it is
     try:
         for number in range(-warm_up, runs):
+            if number > 0 and time.perf_counter() >= until:
+                told = ", ".join(filter(None, works))
+                print(f"{CUT}{number} of {runs} rounds of {told}", file=sys.stderr, flush=True)
+                break
             names = list(works) if number % 2 == 0 else list(works)[::-1]
             for name in names:
                 _wait(device)

@@ -1,8 +1,8 @@
 """Draw the documentation's figures from the code and the bundled model: `python docs/figures.py [--only NAME …]`.
 
 All seeds are fixed. `personalise` trains first, for some minutes, unless RUNS in the environment names the runs of
-examples/personalise/train.sh. Two figures are not of the bundled model and not drawn here: synthetic.png, the
-tutorial's last pictures (examples/synthetic), and watching.png, `unclip plot` of the tutorial's prior.
+examples/personalise/train.sh; those called evaluation take data and hours, and say what they need. Not drawn here are
+synthetic.png, the last pictures of examples/synthetic, and watching.png, `unclip plot` of the tutorial's prior.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import figures_editing
+import figures_evaluation
 import figures_examples
 import figures_manipulations
 import figures_probing
@@ -199,6 +200,7 @@ FIGURES: dict[str, Callable[[], Image.Image | None]] = {
     **figures_examples.FIGURES,
     **figures_manipulations.FIGURES,
     **figures_probing.FIGURES,
+    **figures_evaluation.FIGURES,
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers_data import write_shards
 from helpers_evaluation import SIZE, data, evaluation, extractor, write_folder
+from helpers_html import Page
 from PIL import Image
 
 from unclip.errors import UnclipError, UsageError
@@ -25,7 +26,7 @@ from unclip.evaluation.drawing import Read, SampleFeatures
 from unclip.evaluation.metrics import frechet_distance
 from unclip.evaluation.pieces import Pieces, Share
 from unclip.evaluation.real import RealFeatures
-from unclip.evaluation.report import Report
+from unclip.evaluation.report import Report, number
 from unclip.evaluation.sweeps import guidance_sweep, prior_sweep, steps_sweep, sweep
 
 Run = Callable[..., tuple[int, str, str]]
@@ -89,7 +90,7 @@ def test_the_report(alone: tuple[Path, Path, Report], tiny_bundle: Path, folder:
 def test_the_page_needs_nothing_beside_it(alone: tuple[Path, Path, Report]) -> None:
     out, _, _ = alone
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "http" not in page
+    assert "<script" not in page and "http" not in page and Page(page).wrong == []
     assert page.count("data:image/png;base64,") > 40
     assert "picture 3" in page and "FD-CLIP" in page
     markdown = (out / "report.md").read_text(encoding="utf-8")
@@ -318,10 +319,14 @@ def test_sweeps(tiny_bundle: Path, folder: Path, tmp_path: Path, monkeypatch: py
     again = run(guidance_sweep([1, 2, 3]), "guidance")
     assert made[2:] == ["guidance-2"] and again["guidance 3"] == first["guidance 3"]
     assert first["guidance 1"]["clip_score"] != first["guidance 3"]["clip_score"]
-    steps = run(steps_sweep([2], [0, "hat"], ["ddim", "dpmpp_2m"]), "steps")
-    assert list(steps) == [f"{line}, {n} steps" for line in ("ddim η = 0", "ddim η = σ̂", "dpmpp_2m") for n in (2,)]
+    steps = run(steps_sweep([1, 2], [0, "hat"], ["ddim", "dpmpp_2m"]), "steps")
+    assert list(steps) == [f"{line}, {n} steps" for line in ("ddim η = 0", "ddim η = σ̂", "dpmpp_2m") for n in (1, 2)]
     # In two steps, of which the last is of first order, DPM-Solver++ is DDIM.
-    assert len({point["frechet"] for point in steps.values()}) == 2
+    assert len({point["frechet"] for name, point in steps.items() if name.endswith("2 steps")}) == 2
+    told = (tmp_path / "steps" / "report.md").read_text(encoding="utf-8")
+    figures = [number(steps[f"ddim η = 0, {n} steps"]["frechet"]) for n in (1, 2)]
+    assert f"| steps | 1 | 2 |\n| --- | --- | --- |\n| ddim η = 0 | {' | '.join(figures)} |" in told
+    assert Page((tmp_path / "steps" / "report.html").read_text(encoding="utf-8")).wrong == []
     ways = run(prior_sweep(), "prior", guidance=1.0)
     assert list(ways) == ["caption", "text embedding", "prior"]
     # The same captions and noise: the prior's point is what the model draws.

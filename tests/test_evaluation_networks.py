@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers_evaluation import SIZE, extractor, write_folder
+from helpers_evaluation import SIZE, data, extractor, write_folder
 
 from unclip.config import DiffusionConfig
 from unclip.diffusion import GaussianDiffusion, Prediction
@@ -30,26 +32,35 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.hub.set_dir(before)
 
 
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Inception's file, with random weights in all of its shapes."""
+    import torch_fidelity.feature_extractor_inceptionv3 as theirs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        random = theirs.FeatureExtractorInceptionV3("random", ["2048"])
+    file = tmp_path_factory.mktemp("inception") / "mine.pth"
+    torch.save(random.state_dict(), file)
+    return file
+
+
 def pictures(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, 64, 64), generator=generator, dtype=torch.uint8)
 
 
-def test_inception_is_torchmetrics(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_is_torchmetrics(hub: Path, inception_file: Path) -> None:
     """With random weights in torch's cache, so that nothing is downloaded."""
-    import torch_fidelity.feature_extractor_inceptionv3 as theirs
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     with pytest.raises(UnclipError, match=rf"no Inception weights at .*{INCEPTION_FILE}; name the file .* --inception"):
         Inception()
-    with monkeypatch.context() as patch:
-        patch.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
-        patch.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        torch.manual_seed(0)
-        random = theirs.FeatureExtractorInceptionV3("random", ["2048"])
     hub.mkdir(parents=True)
     file = hub / INCEPTION_FILE
-    torch.save(random.state_dict(), file)
+    shutil.copy(inception_file, file)
     network = Inception()
     found = network(pictures(2))
     assert found["features"].shape == (2, 2048) and found["logits"].shape == (2, 1008)
@@ -152,6 +163,45 @@ def test_conditioned_pictures(tiny_bundle: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("pictures") / "set", 12)
+
+
+def test_weights_of_local_files_give_the_figures_their_names(
+    run_cli: Run, tiny_bundle: Path, folder: Path, inception_file: Path, tmp_path: Path, hub: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """FID, KID, Inception Score and LPIPS from files of random weights, through the command and into the report."""
+    from torchvision.models import squeezenet1_1
+
+    from unclip.evaluation import metrics
+
+    seen: list[torch.Size] = []
+
+    def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+        seen.append(one["sigma"].shape)  # the root of 2048 × 2048 values takes many seconds
+        return float((one["mu"] - other["mu"]).square().sum())
+
+    monkeypatch.setattr(metrics, "frechet_of", distance)
+    common = ["--data", folder, "--model", tiny_bundle, "--size", SIZE, "--cache", tmp_path / "c", "--json"]
+    code, out, err = run_cli(
+        "eval", *common, "--pictures", folder, "--prompts", 4, "--real", 6, "--features", "inception", "--inception",
+        inception_file, "--out", tmp_path / "out", "--metrics", "frechet", "kernel", "inception",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)["figures"]
+    assert [one["label"] for one in found.values()] == ["FID", "KID", "Inception Score"]
+    assert set(seen) == {torch.Size([2048, 2048])} and "CLIP" not in found["frechet"]["note"]
+    network = Inception(inception_file)
+    real, drawn = (network(one.pixels(one.first(6), SIZE)[1]) for one in (data(folder, 6), data(folder, 4)))
+    gap = drawn["features"].mean(0) - real["features"].mean(0)
+    assert found["frechet"]["value"] == pytest.approx(float((gap**2).sum()), rel=1e-4)
+    torch.save(squeezenet1_1(weights=None).state_dict(), tmp_path / "squeeze.pth")
+    code, out, err = run_cli(
+        "eval", *common, "--prompts", 2, "-n", 2, "--metrics", "diversity", "--lpips", tmp_path / "squeeze.pth",
+        "--out", tmp_path / "lpips",
+    )  # fmt: skip
+    assert code == 0, err
+    diversity = json.loads(out)["figures"]["diversity"]
+    assert "LPIPS (squeeze)" in diversity["note"] and diversity["value"] > 0
 
 
 def test_the_commands(run_cli: Run, tiny_bundle: Path, folder: Path, tmp_path: Path, hub: Path) -> None:

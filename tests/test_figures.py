@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -18,3 +20,22 @@ def test_the_figures_of_the_process_are_drawn(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 300
             assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50  # curves, not an empty page
+
+
+def test_the_evaluation_figures_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every picture of the page is made by a line, and every line stands on the page as it is run."""
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import figures_evaluation
+
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    shown = re.findall(r"images/(evaluation_\w+)\.png", page)
+    assert sorted(shown) == sorted(figures_evaluation.FIGURES)
+    written = " ".join(page.replace("\\\n", " ").split())
+    for name, line in figures_evaluation.LINES.items():
+        asked = line.replace("DATA", "data/emoji_1024").replace("OTHERS", "data/others")
+        assert f"unclip {asked.replace('SHAPES', 'runs/synthetic/model')}" in written, name
+    monkeypatch.delenv("EMOJI", raising=False)
+    with pytest.raises(SystemExit, match="eval needs EMOJI in the environment"):
+        figures_evaluation.command("eval")
+    monkeypatch.setenv("EMOJI", "my/emoji")
+    assert figures_evaluation.command("prior")[2:4] == ["--data", "my/emoji"]

@@ -66,6 +66,13 @@ def test_command_and_batches(
         assert {**other, "about": 0} == {**told[0], "about": 0}
     assert told[0]["about"]["samples"] == 11 and set(told[0]["intervals"]) >= {"cos_prediction_real", "gain", "excess"}
     assert "| cos(text, real) |" in (tmp_path / "4" / "report.md").read_text()
+    code, shown, error = run_cli(
+        "prior-metrics", *common, "--split", "test", "--train", "synthetic", "--out", tmp_path / "train", "--json"
+    )
+    about = json.loads(shown)["about"]
+    assert code == 0 and about["data"]["split"] == "test" and about["best constant of"]["split"] == "train", error
+    assert about["best constant of"]["synthetic"]["size"] == 11  # --set holds for both
+    assert "real pictures" not in (tmp_path / "train" / "report.md").read_text()  # a column for nothing
     code, _, error = run_cli("prior-metrics", *common, "--set", "synthetic.size=1", "--out", tmp_path / "x")
     assert code == 1 and "1 samples to measure a prior on" in error
     code, _, error = run_cli("prior-metrics", *common, "--out", tmp_path / "4")

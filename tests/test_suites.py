@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.config import SyntheticConfig, parse_config
+from unclip.config import DataConfig, parse_config
 from unclip.data.synthetic import COLOURS, KINDS, PLACES, RADII, Scene, Shape, render, scene
 from unclip.errors import UsageError
 from unclip.evaluation import scenes, suites
 from unclip.evaluation.bootstrap import mean_interval, pair_interval, sign_test, wilson
 from unclip.evaluation.scenes import ASPECTS, Thing, check, parse, see
+from unclip.evaluation.trained import Trained
 
 # ---- intervals ---------------------------------------------------------------------------------------------
 
@@ -210,27 +211,67 @@ def test_a_suite_is_drawn_judged_and_told() -> None:
     assert len(results) == 29 and model.seeds[:4] == [(suite.prompts[0], 5 + k) for k in range(3)] + [
         (suite.prompts[1], 5)
     ]
-    trained = set(suite.prompts[:4])
+    trained = Trained.of(suite.prompts[:4])
     report = suites.summarise(suite, results, checker.aspects, trained)
     told = json.loads(report.json())["categories"]
     assert told["shapes"]["pictures"] == 42 and told["all"]["prompts"] == 29
-    for name in ("shapes", "places", "trained on", "never trained on"):  # the third picture of each is wrong
+    # The third picture of each is wrong.
+    for name in ("shapes", "places", "caption trained on", suites.MET, suites.NEW):
         assert told[name]["right"]["value"] == told[name]["shape"]["value"] == pytest.approx(2 / 3)
         assert told[name]["colour"]["value"] == told[name]["position"]["value"] == 1
-    assert told["trained on"]["prompts"] == 4 and told["never trained on"]["prompts"] == 25
+    assert told["caption trained on"]["prompts"] == 4
+    assert (told[suites.MET]["prompts"], told[suites.NEW]["prompts"]) == (4, 25)
+    apart = json.loads(report.json())["by_training"]
+    assert apart["shapes"][suites.MET]["prompts"] == 4 and apart["shapes"][suites.NEW]["prompts"] == 10
+    assert set(apart["places"]) == {suites.NEW} and apart["places"][suites.NEW]["value"] == pytest.approx(2 / 3)
+    assert apart[suites.ONE][suites.NEW]["prompts"] == 25
+    # Of six statements one is wrong in every third picture.
+    assert apart["shapes"][suites.NEW]["statements"] == pytest.approx(1 - 1 / 18)
+    assert "| shapes | 4 | 67% (39%–86%) | 94% | 10 | 67% (49%–81%) | 94% |" in report.markdown()
     pictures = [section.picture for section in report.sections if section.picture is not None]
     assert [name for name, _ in pictures] == ["sheet-shapes", "sheet-places"]
     assert "| shapes | 14 | 42 | 67% | 100% | 67% |" in report.markdown()
 
 
-def test_trained_captions_are_the_data_sets() -> None:
-    found = suites.trained_captions(SyntheticConfig(size=30, max_objects=1))
-    assert found == {scene(index, 0, 1).caption for index in range(30)}
+def drawn_shapes(**options: object) -> DataConfig:
+    return parse_config(DataConfig, {"synthetic": {"size": 300, "max_objects": 1}, **options})
+
+
+def test_what_was_trained_on_is_the_data_sets() -> None:
+    """Captions and combinations are those of the scenes themselves, less what a run holds out or filters."""
+    whole = Trained.read(drawn_shapes())
+    shown = [scene(index, 0, 1) for index in range(300)]
+    assert whole.captions == {one.caption for one in shown}
+    places = {value: name for name, value in PLACES.items()}
+    wanted = {(s.size, s.colour, s.kind, places[s.x, s.y]) for one in shown for s in one.objects}
+    assert whole.combinations == wanted
+    kept = Trained.read(drawn_shapes(holdout=0.3))
+    held = [one.caption for one in shown if one.caption not in kept.captions]
+    assert 50 < len(held) < 130 and kept.captions | set(held) == whole.captions
+    assert any(not kept.knows(caption) for caption in held) and all(whole.knows(caption) for caption in held)
+    with pytest.raises(UsageError, match="leave out all of them"):
+        Trained.read(drawn_shapes(filter={"min_caption": 900}))
+
+
+def test_a_combination_is_known_on_any_background_and_at_its_place_alone() -> None:
+    trained = Trained.of(["a large red star at the top on a white background",
+                          "a small blue ring left of a large pink cross on a grey background"])  # fmt: skip
+    for prompt, known in (
+        ("a large red star at the top on a green background", True),
+        ("a large red star on a white background", False),
+        ("a large red ring at the top on a white background", False),
+        ("a small red star at the top on a white background", False),
+        ("a small blue ring left of a large pink cross on a white background", True),
+        ("a large pink cross left of a small blue ring on a grey background", False),
+        ("a small blue ring above a large pink cross on a grey background", False),
+        ("a small blue ring left of a large red star on a grey background", False),
+        ("a large pink cross on the right on a grey background", False),
+    ):
+        assert trained.knows(prompt) == known, prompt
 
 
 def test_identity_is_the_nearest_picture(tmp_path: Path, tiny_clip_folder: Path) -> None:
     from unclip.clip import FrozenCLIP
-    from unclip.config import DataConfig
     from unclip.data import to_tensor
     from unclip.evaluation.dataset import EvaluationData
     from unclip.evaluation.identity import Gallery
@@ -266,7 +307,7 @@ def test_suite_command(tmp_path: Path, tiny_bundle: Path, run_cli: Run) -> None:
     code, shown, _ = run_cli("suite", file, "--out", out, *options, *trained)
     assert code == 0 and shown.splitlines()[-1] == str(out / "report.html")
     body = json.loads((out / "report.json").read_text())
-    assert body["categories"]["trained on"]["prompts"] == 2 and body["about"]["size"] == 64
+    assert body["categories"]["caption trained on"]["prompts"] == 2 and body["about"]["size"] == 64
     assert Image.open(out / "sheet-a.png").width > 300 and "sheet-a.png" in (out / "report.md").read_text()
     for arguments, words in (
         (("suite", file, "--out", out), "is there already"),

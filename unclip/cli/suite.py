@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from unclip.evaluation.dataset import EvaluationData
     from unclip.evaluation.report import Report
     from unclip.evaluation.suites import Checker, Suite
+    from unclip.evaluation.trained import Trained
     from unclip.pipeline import UnCLIP
 
 _DATA = "The data"
@@ -64,7 +65,7 @@ def suite(
         typer.Option(
             metavar="SOURCE",
             help="emoji: the pictures among which the nearest is looked for. scenes: 'synthetic', what the model was "
-            "trained on, to tell trained prompts from others.",
+            "trained on, to tell combinations trained on from others.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -120,10 +121,12 @@ def prior_metrics(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="The training images, whose mean is the best constant vector (default: the measured ones).",
+            help="The training images, whose mean is the best constant vector (default: the measured ones'). --set "
+            "holds for them too, less what is held out.",
             rich_help_panel=_DATA,
         ),
     ] = None,
+    train_split: Annotated[str, typer.Option(help="Of --train.", rich_help_panel=_DATA)] = "train",
     split: Split = "train",
     changes: Changes = None,
     prior_guidance: opt.PriorGuidance = None,
@@ -156,7 +159,10 @@ def prior_metrics(
     stage = PriorStage.load(folder / parts["prior"], place)
     options = opt.given(guidance=prior_guidance, steps=prior_steps)
     stage.check_options(steps=prior_steps)
-    others = None if train is None else _open(_config(train, split, None), clip.image_size)
+    others = None
+    if train is not None:
+        kept = {"source": train, "split": train_split, "part": "train"} | ({} if train == data else {"holdout": 0.0})
+        others = _open(config.model_copy(update=kept), clip.image_size)
     report = measure(
         _open(config, clip.image_size, samples), Extractor(clip, str(folder / parts["clip"])), stage,
         seed=seed, batch_size=batch_size, train=others, options=options,
@@ -230,7 +236,7 @@ def tally(
 ) -> None:
     """Count the votes of `unclip pairs`: shares with confidence intervals, and a sign test.
 
-    A tie counts half for each. With several voters heed the interval over pairs, as votes on a pair go together.
+    A tie counts half for each. The interval is Wilson's of one voter's votes; of several it resamples voters and pairs.
     """
     from unclip.evaluation.pairs import count, read_key, report
 
@@ -290,19 +296,19 @@ def _open(config: DataConfig, size: int, limit: int | None = None) -> Evaluation
     return EvaluationData(config.model_copy(update={"image_size": size}), limit)
 
 
-def _trained(wanted: Suite, data: str | None, split: str, changes: list[str] | None) -> set[str] | None:
-    """The captions trained on, of drawn shapes; None where that is not asked."""
+def _trained(wanted: Suite, data: str | None, split: str, changes: list[str] | None) -> Trained | None:
+    """What of drawn shapes was trained on; None where that is not asked."""
     if wanted.check != "scenes" or data is None:
         return None
-    from unclip.evaluation.suites import trained_captions
+    from unclip.evaluation.trained import Trained
 
     config = _config(data, split, changes)
-    if config.source != "synthetic" or config.split != "train":
+    if config.source != "synthetic" or config.split != "train" or config.part != "train":
         raise UsageError(
             f"--data is {data!r}, split {config.split!r}; of drawn shapes only what was trained on can be named: "
             "--data synthetic --set synthetic.size=… --set synthetic.max_objects=…"
         )
-    return trained_captions(config.synthetic)
+    return Trained.read(config)
 
 
 def _checker(

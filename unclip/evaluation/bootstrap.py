@@ -66,6 +66,38 @@ def pair_interval(
     return _ends(float(x.sum() / chosen.sum()), means, confidence)
 
 
+def crossed_interval(
+    values: np.ndarray,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean of what is known of (V, P), values from 0 to 1 of V voters on P pairs with nan where there is none, and its
+    pigeonhole bootstrap interval (Owen 2007): voters and pairs are resampled, each by themselves.
+
+    Votes on one pair go together, and so do those of one voter; an interval of independent votes (`wilson`) would be
+    too narrow. This one errs to the wide side where voters do not differ. Where all values are 0 or all are 1 there is
+    nothing to resample, and it is `wilson` with the pairs for trials. UsageError: nothing is known.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(x) if x.ndim == 2 else np.zeros((0, 0), dtype=bool)
+    if not known.any():
+        raise UsageError(f"values of shape {x.shape} have no mean to resample; expected one or more")
+    mean = float(x[known].mean())
+    if mean in (0.0, 1.0):
+        pairs = int(known.any(0).sum())
+        return wilson(mean * pairs, pairs, confidence)
+    filled, means = np.where(known, x, 0.0), []
+    for voters, pairs_ in zip(
+        _counts(x.shape[0], resamples, seed), _counts(x.shape[1], resamples, seed + 1), strict=True
+    ):
+        total = np.einsum("rv,rv->r", voters, pairs_ @ filled.T)
+        votes = np.einsum("rv,rv->r", voters, pairs_ @ known.T)
+        means.append(total[votes > 0] / votes[votes > 0])
+    return _ends(mean, means, confidence)
+
+
 def wilson(successes: float, trials: int, confidence: float = CONFIDENCE) -> Interval:
     """A share and its score interval (Wilson 1927), which stays within 0 and 1 and holds for few trials too.
 

@@ -204,4 +204,10 @@ def _cut(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
 def describe(config: DataConfig) -> dict[str, Any]:
     """What a report says of the data."""
     chosen = ("source", "split", "holdout", "part")
-    return {name: value for name, value in config.model_dump(mode="json").items() if name in chosen}
+    body = config.model_dump(mode="json")
+    told = {name: body[name] for name in chosen}
+    if config.source == "synthetic":
+        return {**told, "synthetic": body["synthetic"]}
+    usual = DataConfig().model_dump(mode="json")
+    others = ("image_column", "caption_column", "key_column", "filter")
+    return told | {name: body[name] for name in others if body[name] != usual[name]}

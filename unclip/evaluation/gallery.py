@@ -68,7 +68,9 @@ def score_plots(
         f"{names.frechet} is {names.note()}. A Fréchet distance falls as the samples become more, so that figures are "
         "comparable for equal numbers alone."
     )
-    return [Section("Curves", text, picture=("curves", plot(3 if recalls else 2, draw)))]
+    told = ["cosine of picture and caption", f"{names.frechet} by number of samples", *(["R@k"] if recalls else [])]
+    alt = f"Plots: {'; '.join(told)}. Their numbers stand in report.json."
+    return [Section("Curves", text, picture=("curves", plot(len(told), draw)), alt=alt)]
 
 
 def by_count(samples: Tensor, real: dict[str, Tensor]) -> tuple[list[int], list[float]]:
@@ -87,7 +89,8 @@ def gallery(drawn: Arrays, truth: EvaluationData | None, each: int) -> list[Sect
 
     def cell(i: int, before: list[Image.Image]) -> Cell:
         shown = [*before, *map(to_picture, pictures[i])]
-        return Cell(shown, f"{drawn['caption'][i]} · {float(cosines[i].mean()):.3f}")
+        names = ["real picture"] * len(before) + ["sample"] * each
+        return Cell(shown, f"{drawn['caption'][i]} · {float(cosines[i].mean()):.3f}", names)
 
     real: dict[int, Image.Image] = {}
     if truth is not None:
@@ -112,7 +115,10 @@ def gallery(drawn: Arrays, truth: EvaluationData | None, each: int) -> list[Sect
 def reconstructions(again: Arrays) -> Section:
     """Real pictures and what the decoder makes of their latents."""
     rows = zip(again["truth"], again["again"], again["psnr"], again["ssim"], strict=True)
-    cells = [Cell([to_picture(a), to_picture(b)], f"{psnr:.1f} dB · SSIM {ssim:.3f}") for a, b, psnr, ssim in rows]
+    names = ("real picture", "drawn again")
+    cells = [
+        Cell([to_picture(a), to_picture(b)], f"{psnr:.1f} dB · SSIM {ssim:.3f}", names) for a, b, psnr, ssim in rows
+    ]
     grid = make_grid([picture for cell in cells for picture in cell.pictures], 8)
     text = "Each real picture, and beside it what the decoder draws from its embedding and the noise of the inversion."
     return Section("Reconstructions", text, None, ("reconstructions", grid), cells)

@@ -221,5 +221,6 @@ def _pairs(
             row += [pictures.get(numbers[name][place]), f"{float(one.samples[index]):.3f}"]
         rows.append(row)
     heads = ["sample", "nearest\nby CLIP", "", "nearest\nby pixels", ""]
+    alt = f"Rows of a sample and its nearest training pictures: {'; '.join(labels)}."
     text = "The samples closest to a training picture by CLIP's features, with that picture, and the nearest by pixels."
-    return Section("Closest pairs", text, picture=("closest", labelled_sheet(rows, labels, heads)))
+    return Section("Closest pairs", text, picture=("closest", labelled_sheet(rows, labels, heads)), alt=alt)

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unclip.bundle import read_json
 from unclip.errors import UnclipError, UsageError
-from unclip.evaluation.bootstrap import Interval, mean_interval, sign_test, wilson
+from unclip.evaluation.bootstrap import Interval, crossed_interval, mean_interval, sign_test, wilson
 from unclip.evaluation.report import Figure, Report, Section, png, write_file
 
 if TYPE_CHECKING:
@@ -53,19 +53,30 @@ class Tally:
     ties: int
     by_prompt: tuple[float, ...]
     """Share of each pair's voters that preferred A."""
+    by_voter: np.ndarray
+    """(voters, pairs): 1 for A, 0 for B, 0.5 for a tie, nan where there is no vote; voters without any are left out."""
 
     @property
     def votes(self) -> int:
         return self.wins + self.losses + self.ties
 
     @property
+    def several(self) -> bool:
+        """Whether more than one has voted."""
+        return len(self.by_voter) > 1
+
+    @property
     def share(self) -> Interval:
-        """Of all votes, Wilson's interval: right where every vote is independent, as with one voter."""
+        """Of all votes. One voter's votes are independent, and the interval is Wilson's; of several voters the votes on
+        one pair go together, as do those of one voter, and the bootstrap resamples both.
+        """
+        if self.several:
+            return crossed_interval(self.by_voter)
         return wilson(self.wins + self.ties / 2, self.votes)
 
     @property
     def share_by_prompt(self) -> Interval:
-        """Mean over the pairs, bootstrap over them: also right where several voters saw the same pair."""
+        """Mean over the pairs, bootstrap over them: what these voters, and no others, would say of other pairs."""
         return mean_interval(self.by_prompt)
 
     @property
@@ -193,16 +204,18 @@ def count(key: dict[str, Any], files: Sequence[Path]) -> Tally:
     no votes at all.
     """
     left = {one["pair"]: one["left"] for one in key["pairs"]}
-    votes: dict[str, list[float]] = {}
-    for file in files:
+    place = {pair: number for number, pair in enumerate(left)}
+    table = np.full((len(files), len(left)), np.nan)
+    for voter, file in enumerate(files):
         for pair, vote in _read_votes(file, left).items():
             share = 0.5 if vote == "tie" else float((vote == "left") == (left[pair] == "a"))
-            votes.setdefault(pair, []).append(share)
-    every = [share for shares in votes.values() for share in shares]
-    if not every:
+            table[voter, place[pair]] = share
+    known = np.isfinite(table)
+    if not known.any():
         raise UsageError(f"no vote in {', '.join(map(str, files))}; write left, right or tie into the column vote")
-    by_prompt = tuple(sum(votes[pair]) / len(votes[pair]) for pair in left if pair in votes)
-    return Tally(every.count(1.0), every.count(0.0), every.count(0.5), by_prompt)
+    table = table[known.any(1)][:, known.any(0)]
+    wins, losses, ties = (int((table == share).sum()) for share in (1.0, 0.0, 0.5))
+    return Tally(wins, losses, ties, tuple(np.nanmean(table, axis=0).tolist()), table)
 
 
 def _read_votes(file: Path, known: dict[str, Any]) -> dict[str, str]:
@@ -235,12 +248,13 @@ def report(key: dict[str, Any], tally: Tally, voters: int) -> Report:
     """What the votes say, in words too."""
     a, b = key["a"]["name"], key["b"]["name"]
     share, pairs = tally.share, tally.share_by_prompt
-    if pairs.low > 0.5 and tally.chance < 0.05:
+    if min(share.low, pairs.low) > 0.5 and tally.chance < 0.05:
         verdict = f"{a} (A) is preferred."
-    elif pairs.high < 0.5 and tally.chance < 0.05:
+    elif max(share.high, pairs.high) < 0.5 and tally.chance < 0.05:
         verdict = f"{b} (B) is preferred."
     else:
         verdict = "The votes do not tell the two apart."
+    how = "bootstrap over voters and pairs" if tally.several else "Wilson"
     about = {
         "A": {"name": a, "options": key["a"]["options"]},
         "B": {"name": b, "options": key["b"]["options"]},
@@ -249,7 +263,7 @@ def report(key: dict[str, Any], tally: Tally, voters: int) -> Report:
     }
     result = Report("Side by side", about)
     result.figures = [
-        Figure("share", "share of votes for A", share.value, note=f"{share.ends}, Wilson"),
+        Figure("share", "share of votes for A", share.value, note=f"{share.ends}, {how}"),
         Figure("share_by_pair", "mean of the pairs", pairs.value, note=f"{pairs.ends}, bootstrap over pairs"),
         Figure("p", "sign test over pairs", tally.chance, note="probability of such a split of alike models"),
     ]
@@ -257,7 +271,7 @@ def report(key: dict[str, Any], tally: Tally, voters: int) -> Report:
     result.sections = [Section("Votes", verdict, table)]
     result.values = {
         "votes": {"a": tally.wins, "b": tally.losses, "ties": tally.ties},
-        "share": vars(share),
+        "share": {**vars(share), "interval": how},
         "share_by_pair": vars(pairs),
         "sign_test": tally.chance,
         "verdict": verdict,

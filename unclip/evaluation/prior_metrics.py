@@ -192,4 +192,7 @@ def _verdict(told: Mapping[str, Interval]) -> str:
         return f"{use} Its predictions lie nearer to their captions than pictures do, which suggests over-fitting."
     if excess.high < -2 * NEAR:
         return f"{use} Its predictions lie farther from their captions than pictures do: it heeds them too little."
+    if excess.low > NEAR or excess.high < -NEAR:
+        way = "nearer to" if excess.value > 0 else "farther from"
+        return f"{use} Its predictions lie a little {way} their captions than pictures do."
     return f"{use} Its predictions lie about as near to their captions as pictures do."

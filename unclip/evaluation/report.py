@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 import math
@@ -22,18 +20,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 REPORT = "report.json"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; } th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child, td.text { text-align: left; } td.text { color: #555; font-size: .9em; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } dt { color: #555; } 
-dd { margin: 0; overflow-wrap: anywhere; }
-.cells { display: flex; flex-wrap: wrap; gap: .6rem; } figure { margin: 0; width: min-content; font-size: .75rem; }
-figure div { display: flex; gap: 2px; }
-figure img { width: 96px; height: 96px; border: 1px solid #eee; }
-img.plot { max-width: 100%; }
-"""
 
 
 @dataclass(frozen=True)
@@ -53,21 +39,25 @@ class Figure:
 
 @dataclass(frozen=True)
 class Cell:
-    """Pictures side by side with a line below."""
+    """Pictures side by side with a line below; `names` says what each is to those who do not see it."""
 
     pictures: Sequence[Image]
     text: str = ""
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: words, a table, a picture that is written beside it as `<name>.png`, small pictures."""
+    """A part of the report: words, a table, a picture that is written beside it as `<name>.png` and told by `alt` where
+    it is not seen, small pictures.
+    """
 
     title: str
     text: str = ""
     table: tuple[Sequence[str], Sequence[Sequence[Any]]] | None = None
     picture: tuple[str, Image] | None = None
     cells: Sequence[Cell] = ()
+    alt: str = ""
 
 
 @dataclass
@@ -104,7 +94,7 @@ class Report:
 
     def markdown(self) -> str:
         lines = [f"# {self.title}", ""]
-        lines += [f"- {name}: {_short(value)}" for name, value in self.about.items()]
+        lines += [f"- {name}: {short(value)}" for name, value in self.about.items()]
         if self.figures:
             lines += ["", *_markdown_table(*self._table())]
         for section in self.sections:
@@ -114,37 +104,27 @@ class Report:
             lines += [section.text, ""] if section.text else []
             lines += [*_markdown_table(*section.table), ""] if section.table else []
             if section.picture is not None:
-                lines.append(f"![{section.title}]({section.picture[0]}.png)")
+                lines.append(f"![{section.alt or section.title}]({section.picture[0]}.png)")
         return "\n".join(lines).rstrip() + "\n"
 
     def html(self) -> str:
-        about = "".join(
-            f"<dt>{html.escape(name)}</dt><dd>{html.escape(_short(value))}</dd>" for name, value in self.about.items()
-        )
-        body = [f"<h1>{html.escape(self.title)}</h1>", f"<dl>{about}</dl>"]
-        if self.figures:
-            body += ["<h2>Figures</h2>", _html_table(*self._table())]
-        for section in self.sections:
-            body.append(f"<h2>{html.escape(section.title)}</h2>")
-            if section.text:
-                body.append(f"<p>{html.escape(section.text)}</p>")
-            if section.table:
-                body.append(_html_table(*section.table))
-            if section.picture is not None:
-                body.append(f'<img class="plot" alt="{html.escape(section.title)}" src="{_data(section.picture[1])}">')
-            if section.cells:
-                body.append(f'<div class="cells">{"".join(map(_html_cell, section.cells))}</div>')
-        head = f'<meta charset="utf-8"><title>{html.escape(self.title)}</title><style>{_STYLE}</style>'
-        page = "\n".join(body)
-        return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{page}\n</body></html>\n'
+        from unclip.evaluation.page import to_html
+
+        return to_html(self, self._table())
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         arrows = {"higher": "↑", "lower": "↓", "": ""}
+        compared = any(one.reference is not None for one in self.figures)
         rows = [
-            [f"{one.label} {arrows[one.better]}".strip(), number(one.value, one.error), number(one.reference), one.note]
+            [
+                f"{one.label} {arrows[one.better]}".strip(),
+                number(one.value, one.error),
+                *([number(one.reference)] if compared else []),
+                one.note,
+            ]
             for one in self.figures
         ]
-        return ["figure", "value", "real pictures", ""], rows
+        return ["figure", "value", *(["real pictures"] if compared else []), ""], rows
 
 
 def number(value: float | None, error: float | None = None) -> str:
@@ -209,33 +189,14 @@ def _finite(body: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in body.items()}
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    escaped = [[_text(value).replace("|", "\\|") for value in row] for row in rows]
+    escaped = [[text(value).replace("|", "\\|") for value in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [list(head), ["---"] * len(head), *escaped]]
-
-
-def _html_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    lines = []
-    for row in rows:
-        kinds = ['class="text"' if name == "" else "" for name in head]
-        cells = "".join(f"<td {kinds[i]}>{html.escape(_text(value))}</td>" for i, value in enumerate(row))
-        lines.append(f"<tr>{cells}</tr>")
-    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
-
-
-def _html_cell(cell: Cell) -> str:
-    pictures = "".join(f'<img alt="" src="{_data(picture)}">' for picture in cell.pictures)
-    return f"<figure><div>{pictures}</div>{html.escape(cell.text)}</figure>"
-
-
-def _data(picture: Image) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}"

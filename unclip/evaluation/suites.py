@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from unclip.config import Config, SyntheticConfig, load_config
+from unclip.config import Config, load_config
 from unclip.errors import UsageError, nearest
 from unclip.evaluation import scenes
 from unclip.evaluation.bootstrap import mean_interval, wilson
 from unclip.evaluation.report import Figure, Report, Section, made_with
+from unclip.evaluation.trained import Trained
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent / "prompts"
 RIGHT = "right"
+MET, NEW = "combination trained on", "combination never trained on"
+ONE = "all of one object"
 _COLUMNS = 6
 
 
@@ -119,13 +122,6 @@ def pixels(picture: Tensor) -> np.ndarray:
     return ((picture.detach().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
-def trained_captions(config: SyntheticConfig, seed: int = 0) -> set[str]:
-    """The captions of the scenes that a model was trained on."""
-    from unclip.data.synthetic import scene
-
-    return {scene(index, seed, config.max_objects).caption for index in range(config.size)}
-
-
 @dataclass(frozen=True)
 class Result:
     """What a prompt got: K pictures (K, 3, S, S) in [-1, 1], their cosines with it, and what the check found."""
@@ -173,20 +169,22 @@ def summarise(
     suite: Suite,
     results: Sequence[Result],
     aspects: Sequence[str] = (),
-    trained: set[str] | None = None,
+    trained: Trained | None = None,
     about: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
 ) -> Report:
     """The report: a row a category and one of all, shares with Wilson's 95 % intervals, and a sheet a category.
 
-    `trained`: captions of the training set; prompts among them and others are then told apart.
+    `trained`: what of drawn shapes was trained on; prompts whose combinations were met and others are then told apart,
+    over all and by category.
     """
     groups: dict[str, list[Result]] = {name: [r for r in results if r.category == name] for name in suite.categories}
     every = {"all": list(results)} if len(groups) > 1 else {}
     if trained is not None:
         every |= {
-            "trained on": [one for one in results if one.prompt in trained],
-            "never trained on": [one for one in results if one.prompt not in trained],
+            MET: [one for one in results if trained.knows(one.prompt)],
+            NEW: [one for one in results if not trained.knows(one.prompt)],
+            "caption trained on": [one for one in results if one.prompt in trained.captions],
         }
     told = {name: _group(found, aspects) for name, found in {**groups, **every}.items() if found}
     head = ["category", "prompts", "pictures", *(aspects or ()), "CLIP cosine"]
@@ -206,17 +204,58 @@ def summarise(
             for name, one in told.items()
         ]  # fmt: skip
     report.sections.append(Section("By category", suite.about, (head, rows)))
+    met = {} if trained is None or not aspects else _by_training(groups, trained)
+    if met:
+        report.sections.append(_training_section(met))
     for name, category in suite.categories.items():
-        picture = sheet(groups[name])
-        report.sections.append(Section(name, category.about, picture=(f"sheet-{file_name(name)}", picture)))
+        found = sheet(groups[name])
+        alt = f"The pictures of {len(groups[name])} prompts, each below its prompt; report.json holds what was found."
+        report.sections.append(Section(name, category.about, picture=(f"sheet-{file_name(name)}", found), alt=alt))
     report.values = {
         "categories": told,
+        **({"by_training": met} if met else {}),
         "prompts": [
             {"category": one.category, "prompt": one.prompt, "cosines": one.cosines, "checks": one.checks}
+            | ({} if trained is None else {"met": trained.knows(one.prompt)})
             for one in results
         ],
     }
     return report
+
+
+def _by_training(groups: Mapping[str, Sequence[Result]], trained: Trained) -> dict[str, dict[str, Any]]:
+    """Of each category, and of all prompts with one object, the share that is right of prompts whose combinations were
+    trained on, and of the others.
+    """
+    single = [one for results in groups.values() for one in results if len(scenes.parse(one.prompt).things) == 1]
+    found: dict[str, dict[str, Any]] = {}
+    for name, results in {**groups, ONE: single}.items():
+        for kind, met in ((MET, True), (NEW, False)):
+            own = [one for one in results if trained.knows(one.prompt) == met]
+            checks = [one for result in own for one in result.checks]
+            if checks:
+                share = wilson(sum(one[RIGHT] for one in checks), len(checks))
+                each = [holds for one in checks for aspect, holds in one.items() if aspect != RIGHT]
+                found.setdefault(name, {})[kind] = {
+                    "prompts": len(own), "pictures": len(checks), **vars(share), "statements": sum(each) / len(each),
+                }  # fmt: skip
+    return found
+
+
+def _training_section(met: Mapping[str, Mapping[str, Any]]) -> Section:
+    def cells(one: Mapping[str, Any] | None) -> list[Any]:
+        if one is None:
+            return [0, "", ""]
+        share = f"{one['value']:.0%} ({one['low']:.0%}–{one['high']:.0%})"
+        return [one["prompts"], share, f"{one['statements']:.0%}"]
+
+    rows = [[name, *cells(kinds.get(MET)), *cells(kinds.get(NEW))] for name, kinds in met.items()]
+    text = (
+        "A combination is an object's size, colour, shape and place, whatever the background; a prompt counts as "
+        "trained on where all of its objects do. Right is a picture in which everything is; statements count each."
+    )
+    head = ["category", "trained on", "right", "statements", "never", "right", "statements"]
+    return Section("By what was trained on", text, (head, rows))
 
 
 def _group(results: Sequence[Result], aspects: Sequence[str]) -> dict[str, Any]:

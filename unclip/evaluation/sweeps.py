@@ -188,13 +188,38 @@ def _report(
             for point, figures in zip(asked.points, found, strict=True)
         ]
     }
+    sheet = _sheet(asked, results)
+    labels = ", ".join(figure.label for figure in shown)
+    alt = f"A row of pictures for each of {', '.join(point.name for point in asked.points)}."
     text = f"{extractor.names.frechet} and {extractor.names.kernel} are {extractor.names.note()}."
     sections = [
-        Section("Curves", text, picture=("sweep", picture)),
+        Section("Curves", text, picture=("sweep", picture), alt=f"{labels} by {asked.title}, whose numbers follow."),
+        *_tables(asked, found),
         Section("Points", "", ([asked.axis or "condition", *names], rows)),
-        Section("Pictures", "The first prompts, from the same noise.", picture=("pictures", _sheet(asked, results))),
+        Section("Pictures", "The first prompts, from the same noise.", None, ("pictures", sheet), alt=alt),
     ]
     return Report(f"{drawn.system.name} by {asked.title}", about, [], sections, values)
+
+
+def _tables(asked: Sweep, found: list[list[Figure]]) -> list[Section]:
+    """Of several lines a table of the Fréchet distance and one of the CLIP score, laid out as DDIM's table 1: a row a
+    line, a column a place on the axis.
+    """
+    lines = list(dict.fromkeys(point.line for point in asked.points))
+    places = sorted({point.x for point in asked.points})
+    if not asked.axis or len(lines) < 2 or len(places) < 2:
+        return []
+    sections = []
+    for key in ("frechet", "clip_score"):
+        chosen = {
+            (point.line, point.x): next(figure for figure in figures if figure.key == key)
+            for point, figures in zip(asked.points, found, strict=True)
+        }
+        label = next(iter(chosen.values())).label
+        told = {place: number(figure.value) for place, figure in chosen.items()}
+        rows = [[line, *(told.get((line, x), "") for x in places)] for line in lines]
+        sections.append(Section(f"{label} by {asked.axis}", "", ([asked.axis, *(f"{x:g}" for x in places)], rows)))
+    return sections
 
 
 def _draw(axes: list[Axes], asked: Sweep, found: list[list[Figure]], keys: list[str]) -> None:
