@@ -30,8 +30,13 @@ def doubled_conv(x: Tensor, conv: nn.Module, shift: Tensor | None = None) -> Ten
     sums are the weights of a transposed convolution of stride 2: four products a pixel and pair of channels instead of
     nine (the sub-pixel convolution of Shi et al. 2016).
     """
-    exact = x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu"  # halves would round the sums again
-    if not exact or not _is_plain(conv, x) or conv.kernel_size != (3, 3) or conv.padding != (1, 1):
+    if (
+        not _is_plain(conv, x)
+        or conv.kernel_size != (3, 3)
+        or conv.padding != (1, 1)
+        or x.device.type != "cpu"
+        or x.dtype not in (torch.float32, torch.float64)  # halves would round the sums of the weights once more
+    ):
         doubled: Tensor = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
         return doubled if shift is None else doubled + shift
     # Along an axis output 2y is w0·x[y−1] + (w1 + w2)·x[y], and 2y + 1 is (w0 + w1)·x[y] + w2·x[y+1].
@@ -93,7 +98,8 @@ def _is_plain(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     if type(conv) is not nn.Conv2d or not isinstance(x, Tensor) or torch.compiler.is_compiling():
         return False
     simple = conv.groups == 1 and conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    return simple and x.dtype == conv.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return simple and x.dtype == conv.weight.dtype and not cast
 
 
 def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
