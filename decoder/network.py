@@ -12,6 +12,7 @@ from decoder.config import DecoderConfig, GlideText
 from decoder.text import TextTransformer, null_text_state
 from unclip.clip import TextFeatures
 from unclip.nn import UNet, timestep_embedding
+from unclip.nn.attention import is_watched
 from unclip.nn.blocks import ContextMemory, zeroed
 
 
@@ -128,9 +129,13 @@ class Decoder(nn.Module):
         condition = self._read(
             image_embedding, text_tokens, text_mask, drop_embedding, drop_text, text_embedding, noise_level
         )
-        assert isinstance(condition.context, Tensor)
-        memory = ContextMemory(self.unet, condition.context)
-        return condition._replace(context=memory, known_image=known_image, known=known)
+        context, mask = condition.context, condition.mask
+        assert isinstance(context, Tensor)
+        if context.device.type == "cpu" and not is_watched(self.unet):  # elsewhere one shape for all captions is faster
+            seen = mask.any(dim=0)  # padding behind the longest caption is read by nobody
+            context, mask = context[:, seen], mask[:, seen]
+        memory = ContextMemory(self.unet, context)
+        return condition._replace(context=memory, mask=mask, known_image=known_image, known=known)
 
     def conditioned(self, x_t: Tensor, t: Tensor, condition: ReadCondition) -> Tensor:
         """What `forward` gives for x_t (B, 3, H, W) and t (B,) under conditioning that was read."""

@@ -16,7 +16,7 @@ from decoder.network import Decoder, ReadCondition
 from decoder.objective import augmented_embedding
 from decoder.text import text_embedding
 from unclip.autoencoder import FrozenAutoencoder
-from unclip.bundle import load_strict, load_weights, read_part_json, read_statistics
+from unclip.bundle import load_network, load_weights, read_part_json, read_statistics
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.diffusion import (
@@ -32,6 +32,7 @@ from unclip.diffusion import (
 from unclip.diffusion.samplers import Callback, Sampler
 from unclip.errors import UnclipError, UsageError
 from unclip.nn.prepared import PreparedNetwork
+from unclip.nn.storage import kept_for_reuse
 
 KIND = "decoder"
 
@@ -64,8 +65,7 @@ class DecoderStage:
         the images stay float32.
         """
         config, state = read_decoder_config(folder), load_weights(folder)
-        network = build_network(config)
-        load_strict(network, state, folder)
+        network = load_network(lambda: build_network(config), state, folder)
         network = network.to(device, dtype).requires_grad_(False)
         stage = cls(network.to(memory_format=torch.channels_last), config, device)  # type: ignore[call-overload]
         statistics = read_statistics(folder)
@@ -144,7 +144,8 @@ class DecoderStage:
         denoiser = self._denoiser(condition, null, guidance, guidance_text, has_text, has_embedding, options)
         kept = self.process.steps(timesteps_from(config.steps if steps is None else steps, self.process.timesteps))
         draw = get_sampler(sampler or config.sampler)
-        x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta}))
+        with kept_for_reuse(self.device):
+            x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta}))
         x = x.clamp(-1, 1) if autoencoder is None else autoencoder.decode(x.float())
         # Multistep samplers end on a mixture of several x̂_0; what is kept is kept to the bit.
         return keeping(condition["known_image"], condition["known"], None)(x) if config.inpainting else x

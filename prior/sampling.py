@@ -16,7 +16,7 @@ from prior.conditioning import text_embedding
 from prior.config import CONFIGS, AutoregressivePriorConfig, PriorConfig, kind_of
 from prior.dalle2 import Dalle2Prior, Dalle2PriorConfig, length_clip
 from prior.network import Prior
-from unclip.bundle import load_strict, load_weights, read_part_json, read_statistics
+from unclip.bundle import load_network, load_weights, read_part_json, read_statistics
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.diffusion import (
@@ -52,8 +52,7 @@ class PriorStage(ABC):
     def load(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PriorStage:
         """Read a part written by `train_prior.py`. Raises UnclipError when it is incomplete or does not fit."""
         config, state = read_prior_config(folder), load_weights(folder)
-        stage = build_stage(config)
-        load_strict(stage.network, state, folder)
+        stage = build_stage(config, load_network(lambda: _fresh(config), state, folder))
         statistics = read_statistics(folder)
         if statistics is not None and isinstance(stage, DiffusionPriorStage):
             stage.process.use_statistics(statistics)
@@ -327,12 +326,14 @@ def build_stage(
     device: torch.device | str = "cpu",
 ) -> PriorStage:
     """The stage of a configuration around `network`, by default one with fresh weights."""
-    if isinstance(config, Dalle2PriorConfig):
-        return DiffusionPriorStage(Dalle2Prior(config) if network is None else network, config, device)
-    network = build_network(config) if network is None else network
+    network = _fresh(config) if network is None else network
     if isinstance(config, AutoregressivePriorConfig):
         return AutoregressivePriorStage(network, config, device)
     return DiffusionPriorStage(network, config, device)
+
+
+def _fresh(config: AnyPrior) -> nn.Module:
+    return Dalle2Prior(config) if isinstance(config, Dalle2PriorConfig) else build_network(config)
 
 
 def read_prior_config(folder: Path) -> AnyPrior:

@@ -172,6 +172,44 @@ def test_strict_loading_names_what_does_not_fit(state: dict[str, Tensor], messag
     assert torch.equal(module.weight, before)
 
 
+def test_a_loaded_network_holds_the_tensors_that_were_read() -> None:
+    """And not copies of them, so that weights are in memory once."""
+    state = nn.Linear(3, 2).state_dict()
+    network = bundle.load_network(lambda: nn.Linear(3, 2), state, Path("there"))
+    assert {name: tensor.data_ptr() for name, tensor in network.state_dict().items()} == {
+        name: tensor.data_ptr() for name, tensor in state.items()
+    }
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    with pytest.raises(UnclipError, match=r"do not fit .* missing bias"):
+        bundle.load_network(lambda: nn.Linear(3, 2), {"weight": state["weight"]}, Path("there"))
+
+
+def test_what_a_constructor_computes_beside_the_weights_is_there() -> None:
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 2)
+            self.register_buffer("steps", torch.arange(4), persistent=False)
+
+    source = nn.Linear(3, 2)
+    network = bundle.load_network(Counting, source.state_dict(), Path("there"))
+    assert torch.equal(network.steps, torch.arange(4)) and torch.equal(network.weight, source.weight)  # type: ignore[arg-type]
+
+
+def test_weights_of_another_type_get_that_of_the_network() -> None:
+    state = {name: tensor.double() for name, tensor in nn.Linear(3, 2).state_dict().items()}
+    network = bundle.load_network(lambda: nn.Linear(3, 2), state, Path("there"))
+    assert network.weight.dtype == torch.float32
+
+
+def test_weights_in_use_do_not_follow_their_file(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "part")
+    state = bundle.load_weights(folder)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    file = folder / "model.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))  # in place: a mapped tensor would read zeros
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
 # ---- replacement -------------------------------------------------------------------------------------------
 
 

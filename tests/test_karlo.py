@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,25 @@ def test_clip_through_open_clip_gives_the_same(
     other = UnCLIP.from_pretrained(tmp_path / "out")
     assert other.clip.sees
     assert largest(other.embed_text(PROMPTS).tokens, model.embed_text(PROMPTS).tokens) <= 1e-5
+
+
+def test_one_part_after_the_other_is_in_memory(sources: tuple[Path, Path], tmp_path: Path) -> None:
+    """When a part is read, no tensor of the one before is left; and what is read is the files' own memory."""
+    read: list[weakref.ref[Tensor]] = []
+    left: list[int] = []
+
+    class Watched(DiffusersKarlo):
+        def part(self, name: str, null: Any, *, weights: bool) -> Any:
+            if weights:
+                left.append(sum(one() is not None for one in read))
+                read.clear()
+            config, state = super().part(name, null, weights=weights)
+            if weights:
+                read.extend(weakref.ref(tensor) for tensor in state.values())
+            return config, state
+
+    write_bundle(Watched(sources), tmp_path / "out")
+    assert left == [0, 0, 0] and len(read) > 100
 
 
 def test_half_precision_is_kept_and_made(sources: tuple[Path, Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from unclip.config import ConfigT, EpsilonStatistics, parse_config
 from unclip.errors import UnclipError
 from unclip.hub import CHECKPOINT, EVERYTHING, check_links, fetch, parse_name
 
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 FORMAT = 1
 MANIFEST = "unclip.json"
 BUNDLED = "emoji"
@@ -116,8 +117,27 @@ def read_statistics(folder: Path) -> EpsilonStatistics | None:
     return parse_config(EpsilonStatistics, body, origin=str(file))
 
 
-def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Load weights that must fit exactly; UnclipError names the first keys that do not."""
+def load_network(build: Callable[[], ModuleT], state: Mapping[str, Tensor], folder: Path) -> ModuleT:
+    """The network that `build` makes, with the tensors of `state` themselves for its weights: it is laid out on the
+    meta device, so that its weights are in memory once, and nobody draws random ones first.
+
+    Raises UnclipError as `load_strict`.
+    """
+    with torch.device("meta"):
+        network = build()
+    load_strict(network, state, folder, assign=True)
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+        network = build()  # it has tensors that are no weights, which its constructor computes
+        load_strict(network, state, folder)
+    return network
+
+
+def load_strict(
+    module: torch.nn.Module, state: Mapping[str, Tensor], folder: Path, *, assign: bool = False
+) -> None:
+    """Load weights that must fit exactly; UnclipError names the first keys that do not. With `assign` the tensors take
+    the place of the module's own, and are not copied but where their type is another.
+    """
     own = module.state_dict()
     missing = sorted(set(own) - set(state))
     unknown = sorted(set(state) - set(own))
@@ -130,7 +150,9 @@ def load_strict(module: torch.nn.Module, state: Mapping[str, Tensor], folder: Pa
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UnclipError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:3])}{more}")
-    module.load_state_dict(dict(state))
+    if assign:
+        state = {name: tensor.to(own[name].dtype) for name, tensor in state.items()}
+    module.load_state_dict(dict(state), assign=assign)
 
 
 def save_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int | None = None) -> None:
@@ -155,7 +177,9 @@ def save_weights(folder: Path, state: Mapping[str, Tensor], max_shard_bytes: int
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model*.safetensors` in float32."""
+    """All tensors of `model*.safetensors` in float32, in memory of their own: a file that is changed while they are in
+    use does not reach them. One shard after the other, so that no more than one is there twice.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -167,10 +191,13 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
         if Path(name).name != name or not file.is_file():
             raise UnclipError(f"{folder} has no weights: {name} is missing")
         try:
-            state.update(load_file(file))
+            mapped = load_file(file)
         except (SafetensorError, OSError) as error:
             raise UnclipError(f"{file} is damaged or not a safetensors file: {error}") from error
-    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+        for key in list(mapped):
+            tensor = mapped.pop(key)
+            state[key] = tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+    return state
 
 
 def _shards(index: Path) -> list[str]:

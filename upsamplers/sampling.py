@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unclip.bundle import load_part, load_strict
+from unclip.bundle import load_network, load_part
 from unclip.diffusion import (
     GaussianDiffusion,
     SeededNoise,
@@ -23,7 +23,7 @@ from unclip.diffusion import (
 )
 from unclip.diffusion.samplers import Callback
 from unclip.errors import UnclipError, UsageError
-from unclip.nn.storage import StripeMemory
+from unclip.nn.storage import StripeMemory, kept_for_reuse
 from upsamplers.config import UpsamplerConfig
 from upsamplers.network import CHANNELS, Upsampler
 
@@ -59,9 +59,7 @@ class UpsamplerStage:
     ) -> UpsamplerStage:
         """Read an exported model folder. Raises UnclipError: missing, damaged, weights that do not fit."""
         config, state = load_part(Path(folder), KIND, UpsamplerConfig)
-        network = Upsampler(config)
-        load_strict(network, state, Path(folder))
-        return cls(network, device, dtype)
+        return cls(load_network(lambda: Upsampler(config), state, Path(folder)), device, dtype)
 
     @classmethod
     def from_network(
@@ -117,7 +115,8 @@ class UpsamplerStage:
             done, total = index * len(reverse), len(chunks) * len(reverse)
             heard = None if callback is None else _shifted(callback, done, total)
             sampler = get_sampler(self.config.sampler)
-            x = sampler(denoiser, x, reverse, noise, eta=self.config.eta, callback=heard)
+            with kept_for_reuse(self.device) if memory is None else nullcontext():
+                x = sampler(denoiser, x, reverse, noise, eta=self.config.eta, callback=heard)
             results.append(x.clamp(-1, 1).contiguous())
         return torch.cat(results)
 

@@ -196,6 +196,7 @@ def write_bundle(
             config, state = checkpoint.part(name, null, weights=True)
             state = as_dtype(state, options.dtype, name)
             save_part(temporary / name, NETWORKS[name][0], config, state, max_shard_bytes=SHARD_BYTES)
+            del state  # before the next one is mapped
             done += sizes[name]
         parts = ["clip", *checkpoint.parts]
         if options.upsampler_1024 is not None:

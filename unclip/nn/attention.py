@@ -29,6 +29,11 @@ class AttentionMaps:
     size: tuple[int, int]
 
 
+def is_watched(network: nn.Module) -> bool:
+    """Whether anybody is told the attention maps of `network`."""
+    return any(isinstance(module, AttentionBlock) and module.watcher is not None for module in network.modules())
+
+
 @contextmanager
 def watch_attention(network: nn.Module, hear: Callable[[AttentionMaps], Tensor | None]) -> Iterator[None]:
     """Let `hear` have the maps of every attention layer of `network` (a U-Net, or a decoder around one) within the

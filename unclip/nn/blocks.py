@@ -10,6 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip.nn.sparing import (
+    add_doubled,
+    conv_and_shift,
+    conv_and_shortcut,
+    doubled_conv,
+    may_overwrite,
+    scaled_and_shifted,
+)
+
 
 @dataclass(frozen=True)
 class BlockOptions:
@@ -75,21 +84,20 @@ class ResBlock(nn.Module):
         """x (B, C, H, W), emb (B, E); `skip` is concatenated to x in channels first."""
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        h = F.silu(self.norm_in(x))
-        if self.resample is not None:
-            h, x = self._resample(h), self._resample(x)
-        h = self.conv_in(h)
+        fresh = may_overwrite(x)
+        h = F.silu(self.norm_in(x), inplace=fresh)
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         emb = self.embedding(F.silu(emb))[:, :, None, None]
         if self.scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm_out(h) * (1 + scale) + shift
+            h = doubled_conv(h, self.conv_in) if self.resample == "up" else self.conv_in(h)
+            h = scaled_and_shifted(self.norm_out(h), *emb.chunk(2, dim=1))
         else:
-            h = self.norm_out(h + emb)
-        h = self.conv_out(self.dropout(F.silu(h)))
-        return self.shortcut(x) + h  # type: ignore[no-any-return]
-
-    def _resample(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2) if self.resample == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+            h = self.norm_out(conv_and_shift(h, self.conv_in, emb, double=self.resample == "up"))
+        h = self.dropout(F.silu(h, inplace=fresh))
+        if self.resample == "up":
+            return add_doubled(self.conv_out(h), self.shortcut(x))
+        return conv_and_shortcut(h, self.conv_out, x, self.shortcut)
 
 
 class ConvResample(nn.Module):
@@ -104,9 +112,7 @@ class ConvResample(nn.Module):
         """x (B, C, H, W); the embedding plays no part. Takes a residual block's arguments to stand in its place."""
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        if self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return self.conv(x)  # type: ignore[no-any-return]
+        return doubled_conv(x, self.conv) if self.resample == "up" else self.conv(x)  # type: ignore[no-any-return]
 
 
 class ContextMemory:
@@ -171,4 +177,5 @@ class AttentionBlock(nn.Module):
             columns = k.shape[2] - height * width
             attended = self.watcher(maps, columns, (height, width)).to(v.dtype) @ v
         attended = self.out(attended.transpose(1, 2).flatten(2))  # (B, HW, C)
-        return x + attended.transpose(1, 2).reshape(batch, channels, height, width)
+        attended = attended.transpose(1, 2).reshape(batch, channels, height, width)
+        return attended.add_(x) if may_overwrite(x) else x + attended  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from unclip.config import Config
 from unclip.nn.blocks import AttentionBlock, group_norm, zeroed
 from unclip.nn.embeddings import timestep_embedding
+from unclip.nn.sparing import conv_and_shortcut, doubled_conv, may_overwrite, scaled_and_shifted
 
 _SKIP_SCALE = 1 / math.sqrt(2)  # Imagen, App. B.1
 
@@ -155,7 +156,7 @@ class _UpLevel(nn.Module):
             h = block(h)
         if self.attention is not None:
             h = self.attention(h)
-        return self.upsample(F.interpolate(h, scale_factor=2, mode="nearest"))  # type: ignore[no-any-return]
+        return doubled_conv(h, self.upsample)
 
 
 class _Combine(nn.Module):
@@ -167,7 +168,7 @@ class _Combine(nn.Module):
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.project(emb)[:, :, None, None].chunk(2, dim=1)
-        return h * (1 + scale) + shift  # type: ignore[no-any-return]
+        return scaled_and_shifted(h, scale, shift)
 
 
 class _Block(nn.Module):
@@ -183,6 +184,7 @@ class _Block(nn.Module):
         self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(F.silu(self.norm_in(x)))
-        h = self.conv_out(self.dropout(F.silu(self.norm_out(h))))
-        return self.shortcut(x) + h  # type: ignore[no-any-return]
+        fresh = may_overwrite(x)
+        h = self.conv_in(F.silu(self.norm_in(x), inplace=fresh))
+        h = self.dropout(F.silu(self.norm_out(h), inplace=fresh))
+        return conv_and_shortcut(h, self.conv_out, x, self.shortcut)

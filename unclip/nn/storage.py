@@ -21,6 +21,8 @@ from unclip.errors import UnclipError
 
 _MAPS_SHARE = 0.6  # of the limit; the rest is for the rows in work
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h: larger blocks are mapped and unmapped by themselves
+_TRIM_THRESHOLD = -1  # M_TRIM_THRESHOLD: free memory at the heap's end beyond it goes back to the system
+_LARGEST_MMAP_THRESHOLD = 2**25  # what glibc accepts, and where it ends up itself after a few large blocks
 _HALO = 2  # rows beside a stripe that a 3×3 convolution reads
 
 
@@ -131,14 +133,37 @@ def freed_at_once(device: torch.device) -> Iterator[None]:
     """Let glibc give freed blocks back to the system. It otherwise keeps them for later blocks of the same size, and
     between layers of many sizes that comes to as much as is in use.
     """
-    adjust = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" and device.type == "cpu" else None
-    if adjust is not None:
-        adjust(_MMAP_THRESHOLD, 2**20)
+    libc = _glibc(device)
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, 2**20)
     try:
         yield
     finally:
-        if adjust is not None:
-            adjust(_MMAP_THRESHOLD, 2**25)  # where glibc itself ends up after a few large blocks
+        if libc is not None:
+            libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+
+
+@contextmanager
+def kept_for_reuse(device: torch.device) -> Iterator[None]:
+    """Let glibc keep freed blocks until the block ends. The feature maps of a step come and go at the heap's end, and
+    glibc otherwise gives their memory back to the system and asks for it again, cleared page by page, at every layer.
+    """
+    libc = _glibc(device)
+    if libc is not None:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, 2**30)
+    try:
+        yield
+    finally:
+        if libc is not None:
+            libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_MMAP_THRESHOLD)  # as glibc sets it beside the other
+            libc.malloc_trim(0)
+
+
+def _glibc(device: torch.device) -> Any:
+    """The C library where its allocator can be adjusted and the feature maps are its; else None."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def _no_room(error: OSError) -> UnclipError:

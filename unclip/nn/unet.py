@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from unclip.config import Config
 from unclip.nn.blocks import AttentionBlock, BlockOptions, ContextMemory, ConvResample, ResBlock, group_norm, zeroed
 from unclip.nn.embeddings import timestep_embedding
+from unclip.nn.sparing import may_overwrite
 
 
 class UNetConfig(Config):
@@ -155,7 +156,7 @@ class UNet(nn.Module):
         h = self._run(self.middle, h, None, emb, context, context_mask)
         for stage in self.up:
             h = self._run(stage, h, skips.pop(), emb, context, context_mask)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(F.silu(self.norm_out(h), inplace=may_overwrite(h)))
         return F.pixel_shuffle(h.float(), self.config.patch_size)
 
     def _run(self, module: nn.Module, *inputs: Tensor | ContextMemory | None) -> Tensor:
