@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from unclip.nn import UNet, timestep_embedding
@@ -81,6 +82,8 @@ class Upsampler(nn.Module):
 
         if not self.config.last_step_network:
             return run(self.unet, slice(None))
+        if isinstance(t, FakeTensor):  # a plan does not know whose a sample is; each network has one at least
+            return torch.cat([run(self.unet, slice(1, None)), run(self.last_unet, slice(0, 1))])
         last = t <= self.last_timestep
         if not bool(last.any()):
             return run(self.unet, slice(None))
