@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from unclip.autoencoder import LatentConfig, check_latent
 from unclip.config import Config, DataConfig, DiffusionConfig, SamplerName, StepSpec, TrainConfig
 from unclip.nn import UNetConfig
 
@@ -44,18 +45,6 @@ class T5Text(Config):
 
 
 TextSource = Annotated[ClipText | GlideText | T5Text, Field(discriminator="kind")]
-
-
-class LatentConfig(Config):
-    """The latents of a frozen autoencoder, in which a decoder works (Latent Diffusion, §3). `unet.image_size` is their
-    edge then, and what is not the name is read from the autoencoder when training.
-    """
-
-    name: str = Field(description="a folder or a Hub id of an AutoencoderKL or VQModel in diffusers' layout")
-    channels: int = Field(4, ge=1)
-    factor: int = Field(8, ge=1, description="pixels a latent's side")
-    scale: float = Field(0.18215, gt=0, description="brings latents to about unit variance")
-    shift: float = 0.0
 
 
 class DecoderConfig(Config):
@@ -118,7 +107,10 @@ class DecoderConfig(Config):
     drop_both: float = Field(
         0.0, ge=0, le=1, description="share of samples without either, beside what the two drops do (GLIDE §3.2: 0.2)"
     )
-    latent: LatentConfig | None = Field(None, description="the autoencoder whose latents it works in; null: pixels")
+    latent: LatentConfig | None = Field(
+        None,
+        description="the autoencoder whose latents it works in; unet.image_size is their edge then. null: pixels",
+    )
     unet: UNetConfig = UNetConfig()
     diffusion: DiffusionConfig = DiffusionConfig(variance="learned_range")
     steps: StepSpec = Field(50, description="default sampling steps: a number, 'ddim50', or a list of timesteps")
@@ -136,11 +128,7 @@ class DecoderConfig(Config):
     def _fits(self) -> DecoderConfig:
         if self.null_text == "clip" and self.text.kind != "clip":
             raise ValueError(f"null_text 'clip' needs text.kind 'clip', and it is {self.text.kind!r}")
-        if self.latent is not None and self.diffusion.variance == "learned_range":
-            raise ValueError(
-                "a learned variance is trained on the likelihood of pixels, and this decoder works in latents; set "
-                "diffusion.variance to fixed_small"
-            )
+        check_latent(self.latent, self.diffusion.variance, "decoder")
         if self.latent is not None and self.inpainting:
             raise ValueError("inpainting keeps pixels, and this decoder works in latents; leave one of them out")
         if self.embedding_noise and self.embedding_length == "raw":

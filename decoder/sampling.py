@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decoder.config import DecoderConfig, LatentConfig
+from decoder.config import DecoderConfig
 from decoder.dalle2 import Dalle2Decoder, Dalle2DecoderConfig
 from decoder.inpainting import check_inpainting, keeping
 from decoder.network import Decoder, ReadCondition
 from decoder.objective import augmented_embedding
 from decoder.text import text_embedding
-from unclip.autoencoder import FrozenAutoencoder
+from unclip.autoencoder import FrozenAutoencoder, located, open_autoencoder
 from unclip.bundle import load_network, load_weights, read_part_json, read_statistics
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
@@ -124,10 +124,7 @@ class DecoderStage:
             drawn = noise.draw((config.embedding_dim,), self.device) if level else torch.zeros(1, device=self.device)
             for one in (condition, null):
                 one |= augmented_embedding(one["image_embedding"], level, drawn, self.process, config.scale)
-        autoencoder = self.autoencoder
-        clip = clip_from(config.diffusion.x_start_clip, static_clip() if autoencoder is None else None)
-        if autoencoder is not None and callable(sampler):
-            raise UnclipError("this decoder works in latents, and editing meets pixels; take a decoder in pixels")
+        clip = clip_from(config.diffusion.x_start_clip, static_clip() if config.latent is None else None)
         if config.inpainting:
             image, known = self._known(inpaint_image, inpaint_mask, count)
             for one in (condition, null):
@@ -146,18 +143,24 @@ class DecoderStage:
         draw = get_sampler(sampler or config.sampler)
         with kept_for_reuse(self.device):
             x = draw(denoiser, x, kept, noise, callback=callback, **({} if eta is None else {"eta": eta}))
-        x = x.clamp(-1, 1) if autoencoder is None else autoencoder.decode(x.float())
+        x = self.to_pixels(x)
         # Multistep samplers end on a mixture of several x̂_0; what is kept is kept to the bit.
         return keeping(condition["known_image"], condition["known"], None)(x) if config.inpainting else x
 
+    def to_x_start(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in [-1, 1] as the process knows them: themselves, or their latents."""
+        autoencoder = self.autoencoder
+        return images if autoencoder is None else autoencoder.encode(images)
+
+    def to_pixels(self, x_start: Tensor) -> Tensor:
+        """The images (B, 3, S, S) in [-1, 1] of what the process ends with."""
+        autoencoder = self.autoencoder
+        return x_start.clamp(-1, 1) if autoencoder is None else autoencoder.decode(x_start.float())
+
     def conditional(self, embedding: Tensor, text: TextFeatures | None = None) -> Denoiser:
-        """The denoiser of these embeddings (B, E) and captions, without guidance or clipping; all is to be painted.
-        Raises UnclipError: a decoder in latents, whose x_start are no pictures.
+        """The denoiser of these embeddings (B, E) and captions, without guidance or clipping; all is to be painted. Its
+        x_start are latents where the decoder works in latents.
         """
-        if self.config.latent is not None:
-            raise UnclipError(
-                "this decoder works in latents, and inversion and statistics meet pixels; take a decoder in pixels"
-            )
         condition = self._condition(embedding, text, len(embedding))
         if self.config.embedding_noise_levels:
             clean = torch.zeros(1, device=self.device)
@@ -301,25 +304,16 @@ class DecoderStage:
         return condition
 
 
-def open_autoencoder(latent: LatentConfig, device: torch.device | str = "cpu") -> FrozenAutoencoder:
-    """The autoencoder of a decoder in latents. UnclipError: it cannot be loaded, or has other latents."""
-    found = FrozenAutoencoder.load(latent.name, device)
-    own = (latent.channels, latent.factor, latent.scale, latent.shift)
-    if tuple(found.facts) != own:
-        raise UnclipError(
-            f"the autoencoder {latent.name!r} has latents of {tuple(found.facts)} (channels, factor, scale, shift), "
-            f"and the decoder was trained on {own}; name the one that it was trained with"
-        )
-    return found
-
-
 def build_network(config: DecoderConfig) -> nn.Module:
     """The network that a configuration describes, with fresh weights."""
     return Dalle2Decoder(config) if isinstance(config, Dalle2DecoderConfig) else Decoder(config)
 
 
 def read_decoder_config(folder: Path) -> DecoderConfig:
-    """The configuration of a decoder's folder, of the class that its `architecture` names. Raises UnclipError."""
+    """The configuration of a decoder's folder, of the class that its `architecture` names; an autoencoder that the
+    folder carries has its place in it as its name. Raises UnclipError.
+    """
     body = read_part_json(folder, KIND)["config"]
     foreign = isinstance(body, dict) and body.get("architecture") == "dalle2"
-    return parse_config(Dalle2DecoderConfig if foreign else DecoderConfig, body, origin=str(folder / "config.json"))
+    config = parse_config(Dalle2DecoderConfig if foreign else DecoderConfig, body, origin=str(folder / "config.json"))
+    return config.model_copy(update={"latent": located(config.latent, folder)})

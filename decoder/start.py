@@ -42,7 +42,7 @@ def with_start(
     """Open what `init_from` names, and fill in what `model` leaves out as it is there. Raises as `open_start`."""
     if config.init_from is None:
         return config, None
-    start = open_start(config.init_from, KIND, read, foreign=foreign)
+    start = open_start(config.init_from, KIND, read, foreign=foreign, weights=read is read_part)
     model = parse_config(DecoderConfig, inherited(start, config.model), origin=f"model, with {start.folder}")
     return config.model_copy(update={"model": model}), start
 

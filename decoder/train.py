@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from decoder.config import DecoderConfig, DecoderRunConfig
+from decoder.config import DecoderRunConfig
 from decoder.network import Decoder
 from decoder.objective import decoder_loss
-from decoder.sampling import KIND, DecoderStage, open_autoencoder
+from decoder.sampling import KIND, DecoderStage
 from decoder.start import begin_from, start_from, with_start
 from decoder.text import CaptionEncoder, with_text_widths
-from unclip.autoencoder import FrozenAutoencoder
+from unclip.autoencoder import open_autoencoder, with_facts
 from unclip.bundle import save_part
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
@@ -29,14 +29,6 @@ from unclip.training.start import Reader, tell
 __all__ = ["run", "start_from"]
 
 _PREVIEWS = 16
-
-
-def with_latent_facts(config: DecoderConfig) -> dict[str, Any]:
-    """The entry `latent` of a decoder's configuration with what its autoencoder decides."""
-    if config.latent is None:
-        return {}
-    facts = FrozenAutoencoder.facts_of(config.latent.name)
-    return {"latent": {"name": config.latent.name, **facts._asdict()}}
 
 
 def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | None = None) -> Path:
@@ -55,7 +47,8 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
         reads_images=True,
     )
     widths = with_text_widths(config.model, memo.widths)
-    widths |= with_latent_facts(config.model)
+    if config.model.latent is not None:
+        widths |= {"latent": with_facts(config.model.latent).model_dump()}
     model = parse_config(type(config.model), {**config.model.model_dump(), **widths})
     if config.data.image_size != model.image_size and model.latent is not None:
         raise UsageError(

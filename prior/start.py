@@ -46,7 +46,7 @@ def with_start(
     """
     if config.init_from is None:
         return config, None
-    start = open_start(config.init_from, KIND, read, foreign=foreign)
+    start = open_start(config.init_from, KIND, read, foreign=foreign, weights=read is read_part)
     body = inherited(start, config.model)
     if body["kind"] != start.config.kind:
         raise UnclipError(

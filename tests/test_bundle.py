@@ -289,12 +289,16 @@ def test_manifest_that_is_not_whole(tmp_path: Path, changes: dict[str, Any], mes
         bundle.read_manifest(whole(tmp_path / "model", **changes))
 
 
-def test_a_link_out_of_the_bundle_is_refused(tmp_path: Path) -> None:
+def test_a_link_out_of_the_bundle_is_the_users_own_wish(tmp_path: Path) -> None:
+    """In a folder of one's own; in what was downloaded it is refused."""
     (tmp_path / "outside").mkdir()
-    folder = whole(tmp_path / "model", parts={"clip": "link"})
-    (folder / "link").symlink_to(tmp_path / "outside")
-    with pytest.raises(UnclipError, match="outside the bundle"):
-        bundle.read_manifest(folder)
+    (tmp_path / "blobs").mkdir()
+    for folder in (tmp_path / "model", tmp_path / "snapshots" / "abc"):
+        whole(folder, parts={"clip": "link"})
+        (folder / "link").symlink_to(tmp_path / "outside")
+    assert bundle.read_manifest(tmp_path / "model")["parts"] == {"clip": "link"}
+    with pytest.raises(UnclipError, match=r"link is a link to .*outside, outside the model's folder"):
+        bundle.read_manifest(tmp_path / "snapshots" / "abc")
 
 
 def test_folders_that_are_no_bundle(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_revisions_are_pinned(
 def test_no_network_no_repository_no_room(
     fake: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UnclipError, match="the Hub gave no model of that name: 404 Client Error"):
+    with pytest.raises(UnclipError, match="the Hub gave no model of that name: there is no such repository"):
         resolve_model("user/other")
     fake.down = ConnectionError("no route")
     with pytest.raises(UnclipError, match=r"cannot be reached \(no route\), and the Hub's cache holds no model"):
@@ -185,24 +185,52 @@ def test_paths_are_no_names(text: str) -> None:
     assert hub.parse_name(text) is None
 
 
-def test_links_and_parts_out_of_the_folder_are_refused(tmp_path: Path, tiny_bundle: Path) -> None:
+def test_links_in_a_folder_of_ones_own_are_followed_and_not_published(tmp_path: Path, tiny_bundle: Path) -> None:
+    """Weights may lie elsewhere, a file or a whole part; what is uploaded lies in the folder itself."""
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    shutil.copytree(tiny_bundle, folder)
+    elsewhere.mkdir()
+    for name in ("decoder/model.safetensors", "prior"):
+        place = elsewhere / name.replace("/", "-")
+        (folder / name).rename(place)
+        (folder / name).symlink_to(place)
+    assert UnCLIP.from_pretrained(folder, device="cpu", size=64).prior is not None
+    for name in ("decoder/model.safetensors", "prior"):
+        with pytest.raises(UnclipError, match=r"is a link to .*elsewhere.*, outside the model's folder; put the file"):
+            push_to_hub(folder, "user/model", license="mit", dry_run=True)
+        target = (folder / name).resolve()
+        (folder / name).unlink()
+        target.rename(folder / name)
+    shutil.copyfile(tiny_bundle / "decoder" / "model.safetensors", folder / "decoder" / "real.bin")
+    (folder / "decoder" / "model.safetensors").unlink()
+    (folder / "decoder" / "model.safetensors").symlink_to("real.bin")  # a link that stays inside
+    assert push_to_hub(folder, "user/model", license="mit", dry_run=True)
+
+
+def test_links_out_of_what_was_downloaded_are_refused(fake: FakeHub, tmp_path: Path) -> None:
+    folder = resolve_model("user/model")
     secret = tmp_path / "secret.safetensors"
     secret.write_bytes(b"not for everyone")
+    assert read_manifest(folder)["name"] == "tiny"  # its own links lead to the cache's blobs
+    for name in ("decoder/model.safetensors", "decoder/deep/x.json", "LICENSE"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(secret)
+        with pytest.raises(UnclipError, match=r"is a link to .*secret\.safetensors, outside"):
+            read_manifest(folder)
+        (folder / name).unlink()
+    shutil.move(folder / "prior", tmp_path / "prior")
+    (folder / "prior").symlink_to(tmp_path / "prior")
+    with pytest.raises(UnclipError, match=r"prior is a link to .*prior, outside"):
+        read_manifest(folder)
+
+
+def test_parts_out_of_the_folder_are_refused(tmp_path: Path, tiny_bundle: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(tiny_bundle, folder)
-    (folder / "decoder" / "model.safetensors").unlink()
-    (folder / "decoder" / "model.safetensors").symlink_to(secret)
-    for use in (read_manifest, lambda f: push_to_hub(f, "user/model", license="mit", dry_run=True)):
-        with pytest.raises(UnclipError, match=r"is a link to .*secret\.safetensors, outside"):
-            use(folder)
-    (folder / "decoder" / "model.safetensors").unlink()
-    shutil.copyfile(tiny_bundle / "decoder" / "model.safetensors", folder / "decoder" / "real.bin")
-    (folder / "decoder" / "model.safetensors").symlink_to("real.bin")  # a link that stays inside
-    assert read_manifest(folder)["name"] == "tiny"
     manifest = json.loads((folder / "unclip.json").read_text())
     (tmp_path / "elsewhere").mkdir()
-    (folder / "linked").symlink_to(tmp_path / "elsewhere")
-    for place in ("../elsewhere", str(tmp_path / "elsewhere"), "linked", ".", "decoder/../.."):
+    for place in ("../elsewhere", str(tmp_path / "elsewhere"), ".", "", "decoder/../.."):
         body = {**manifest, "parts": {**manifest["parts"], "prior": place}}
         (folder / "unclip.json").write_text(json.dumps(body))
         with pytest.raises(UnclipError, match="outside the bundle"):
@@ -271,6 +299,6 @@ def test_what_is_downloaded_of_a_foreign_repository() -> None:
     """Nothing pickled, no pictures, and half-precision variants only where there is nothing else."""
     names = ["model_index.json", "prior/a.safetensors", "prior/a.fp16.safetensors", "prior/a.bin", "x.png"]
     names += ["decoder/b.fp16.safetensors", "tokenizer/merges.txt"]
-    assert sorted(hub._matching(dict.fromkeys(names, 1), hub.CHECKPOINT)) == [
+    assert sorted(hub.matching(dict.fromkeys(names, 1), hub.CHECKPOINT)) == [
         "decoder/b.fp16.safetensors", "model_index.json", "prior/a.safetensors", "tokenizer/merges.txt"
     ]  # fmt: skip

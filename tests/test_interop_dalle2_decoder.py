@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from decoder import Dalle2Decoder, DecoderStage
 from decoder.sampling import KIND
-from unclip.bundle import save_part
+from unclip.bundle import load_weights, save_part
 from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
 from unclip.interop.dalle2_decoder import read_dalle2_decoder
@@ -99,6 +100,24 @@ def test_a_converted_decoder_is_a_part_and_samples(tmp_path: Path) -> None:
         assert not torch.allclose(images, other, atol=1e-3)
     half = DecoderStage.load(tmp_path / "part", dtype=torch.bfloat16).sample(z, [1, 2, 3], text=text)
     assert torch.isfinite(half).all()
+
+
+def test_enlarging_networks_are_left_out_aloud(
+    tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    """With the first network alone nothing is said; one behind it is named, whether tensors or configuration tell."""
+    state, _ = golden("1.15.6", "plain")
+    config = CONFIGS["plain"]
+    file = checkpoint(tmp_path, state, config, "1.15.6")
+    code, _, err = run_cli("convert", file, "--out", tmp_path / "alone")
+    assert (code, err) == (0, "")
+    behind = {name.replace("unets.0", "unets.1"): value for name, value in state.items() if name[:5] == "unets"}
+    both = {**config, "unets": config["unets"] * 2, "image_sizes": [8, 32]}
+    file = checkpoint(tmp_path, {**state, **behind}, both, "1.15.6")
+    code, _, err = run_cli("convert", file, "--out", tmp_path / "first")
+    assert code == 0 and err.count("\n") == 1
+    assert err.startswith("unclip: left out: the enlarging U-Net unets.1, to 32 px: none of the upsamplers here")
+    assert load_weights(tmp_path / "first").keys() == load_weights(tmp_path / "alone").keys()
 
 
 def test_errors_have_a_sentence(tmp_path: Path) -> None:

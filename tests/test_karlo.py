@@ -198,6 +198,25 @@ def test_a_larger_stage_is_added(sources: tuple[Path, Path], tiny_parts: dict[st
     assert not any(tmp_path.iterdir())  # nothing half-written
 
 
+def test_a_larger_stage_is_drawn_with(
+    tiny_parts: dict[str, Path], tmp_path: Path, run_cli: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Karlo's 64 and 256 px, and a stage that was trained here behind them."""
+    source, out = make_karlo(tmp_path / "karlo", 64), tmp_path / "bundle"
+    code, printed, err = run_cli("convert", source, "--out", out, "--upsampler-1024", tiny_parts["upsampler_1024"])
+    assert (code, printed.strip()) == (0, str(out)), err
+    part = load_file(out / "upsampler_1024" / "model.safetensors")
+    own = load_file(tiny_parts["upsampler_1024"] / "model.safetensors")
+    assert all(torch.equal(part[name], own[name]) for name in own) and len(part) == len(own)
+    model = UnCLIP.from_pretrained(out, device="cpu")
+    assert model.sizes == (64, 256, 1024)
+    steps = {"prior_steps": 2, "decoder_steps": 2, "upsampler_steps": 2}
+    (drawn,) = model.sample("a red apple", seed=1, output="tensor", **steps)
+    (middle,) = model.sample("a red apple", seed=1, size=256, output="tensor", **steps)
+    wanted = model.upsamplers[1].sample(middle[None], [1], 2)[0]
+    assert drawn.shape == (3, 1024, 1024) and torch.equal(drawn, wanted)
+
+
 # ---- export ------------------------------------------------------------------------------------------------
 
 

@@ -170,6 +170,11 @@ MEASURED = {
         ["model.unet.checkpoint_activations=true"],
         "float32",
     ),
+    "two networks that are told of noise": (
+        "upsampler/synthetic_64_to_256.yaml",
+        ["model.last_step_network=true", "model.steps=2", "model.noise_augmentation=100"],
+        "float32",
+    ),
 }
 
 

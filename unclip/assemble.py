@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unclip.adapters import parse_adapter, read_adapter
+from unclip.autoencoder import carry
 from unclip.bundle import (
     FORMAT,
     MANIFEST,
@@ -53,7 +54,8 @@ def assemble(
 
     `parts` maps 'clip', 'decoder' and optionally 'prior', 'upsampler_256', 'upsampler_1024', 'pca' to folders;
     `details` goes into the manifest (name, version, license, example_prompts); `card` becomes README.md;
-    weights are stored as `dtype`. Raises UnclipError: `out` exists and `overwrite` is not set, a part is
+    weights are stored as `dtype`. The autoencoder of a part in latents is copied into the part where it is a folder, as
+    it is; one of the Hub stays a name. Raises UnclipError: `out` exists and `overwrite` is not set, a part is
     missing or damaged, the parts do not fit together.
     """
     _check(out, parts, card, overwrite)
@@ -159,7 +161,7 @@ def _check_clip(parts: Mapping[str, Path]) -> None:
 def _copy_part(source: Path, target: Path, kind: str, dtype: torch.dtype) -> None:
     body = read_part_json(source, kind)
     save_weights(target, _converted(load_weights(source), dtype, source))
-    write_json(target / "config.json", body)
+    write_json(target / "config.json", carry(body, source, target))
     statistics = read_statistics(source)
     if statistics is not None:
         save_statistics(target, statistics)

@@ -1,22 +1,40 @@
-"""A frozen autoencoder of diffusers, whose latents a decoder works in (Latent Diffusion, Rombach et al. 2022). The only
-importer of diffusers, which loads when one is used.
+"""A frozen autoencoder of diffusers, whose latents a decoder or an upsampler works in (Latent Diffusion, Rombach et al.
+2022). The only importer of diffusers, which loads when one is used.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from unclip.bundle import read_json, write_json
+from unclip.config import Config
 from unclip.errors import UnclipError
 
 KINDS = ("AutoencoderKL", "VQModel")
+CARRIED = "autoencoder"
+"""The sub-folder of a bundle's part with the autoencoder in it, and the name that such a part gives it."""
+
+
+class LatentConfig(Config):
+    """The latents of a frozen autoencoder, in which a network works (Latent Diffusion, §3). What is not the name is
+    read from the autoencoder when training.
+    """
+
+    name: str = Field(description="a folder or a Hub id of an AutoencoderKL or VQModel in diffusers' layout")
+    channels: int = Field(4, ge=1)
+    factor: int = Field(8, ge=1, description="pixels a latent's side")
+    scale: float = Field(0.18215, gt=0, description="brings latents to about unit variance")
+    shift: float = 0.0
 
 
 class AutoencoderFacts(NamedTuple):
-    """What a decoder must know of an autoencoder: its latents' channels, pixels a latent's side, and how they are
+    """What a network must know of an autoencoder: its latents' channels, pixels a latent's side, and how they are
     brought to about unit variance.
     """
 
@@ -47,6 +65,12 @@ class FrozenAutoencoder(nn.Module):
             raise UnclipError(f"the autoencoder {name!r} cannot be loaded: {_reason(error)}") from error
         return cls(model.float(), _facts(config), name).to(device)
 
+    @classmethod
+    def without_weights(cls, name: str) -> FrozenAutoencoder:
+        """Of its shape, with whatever a new one has, for planning. Raises as `load`."""
+        config = _config(name)
+        return cls(getattr(_diffusers(), config["_class_name"]).from_config(config), _facts(config), name)
+
     @staticmethod
     def facts_of(name: str) -> AutoencoderFacts:
         """From its configuration alone. Raises as `load`."""
@@ -68,6 +92,65 @@ class FrozenAutoencoder(nn.Module):
         """Images, clamped to [-1, 1]."""
         plain = latents / self.facts.scale + self.facts.shift
         return self.model.decode(plain).sample.float().clamp(-1, 1)  # type: ignore[no-any-return]
+
+
+def open_autoencoder(latent: LatentConfig, device: torch.device | str = "cpu") -> FrozenAutoencoder:
+    """The autoencoder of a network in latents. UnclipError: it cannot be loaded, or has other latents."""
+    found = FrozenAutoencoder.load(latent.name, device)
+    own = (latent.channels, latent.factor, latent.scale, latent.shift)
+    if tuple(found.facts) != own:
+        raise UnclipError(
+            f"the autoencoder {latent.name!r} has latents of {tuple(found.facts)} (channels, factor, scale, shift), "
+            f"and this network was trained on {own}; name the one that it was trained with"
+        )
+    return found
+
+
+def with_facts(latent: LatentConfig) -> LatentConfig:
+    """The same with what its autoencoder decides. Raises UnclipError as `FrozenAutoencoder.load`."""
+    return LatentConfig(name=latent.name, **FrozenAutoencoder.facts_of(latent.name)._asdict())
+
+
+def check_latent(latent: LatentConfig | None, variance: str, network: str) -> None:
+    """ValueError for a learned variance in latents."""
+    if latent is not None and variance == "learned_range":
+        raise ValueError(
+            f"a learned variance is trained on the likelihood of pixels, and this {network} works in latents; set "
+            "diffusion.variance to fixed_small"
+        )
+
+
+def located(latent: LatentConfig | None, folder: Path) -> LatentConfig | None:
+    """With the place of the autoencoder that a part's folder carries inside itself, where it does. UnclipError: it
+    should, and does not.
+    """
+    if latent is None or latent.name != CARRIED or (Path(CARRIED).is_dir() and not (folder / CARRIED).is_dir()):
+        return latent  # the last is a folder of that name where the command runs, as any other name may be
+    if not (folder / CARRIED).is_dir():
+        raise UnclipError(f"{folder} is incomplete: the folder {CARRIED!r} with its autoencoder is missing")
+    return latent.model_copy(update={"name": str(folder / CARRIED)})
+
+
+def carry(body: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
+    """Copy the autoencoder of a part, whose config.json is `body` and lies in `source`, into the part's folder
+    `target`, and return its config.json with the new name. An autoencoder of the Hub stays a name; for a part in pixels
+    there is nothing to do. Raises UnclipError: the autoencoder is not whole, or not the one that was trained with.
+    """
+    named = body["config"].get("latent") if isinstance(body.get("config"), dict) else None
+    if named is None:
+        return body
+    latent = LatentConfig(**named)
+    own = latent.name == CARRIED and (source / CARRIED).is_dir()
+    folder = source / CARRIED if own else Path(latent.name).expanduser()
+    if not folder.is_dir():
+        return body
+    open_autoencoder(latent.model_copy(update={"name": str(folder)}))
+    (target / CARRIED).mkdir()
+    told = {key: value for key, value in read_json(folder / "config.json").items() if key != "_name_or_path"}
+    write_json(target / CARRIED / "config.json", told)
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"))):
+        shutil.copyfile(file, target / CARRIED / file.name)
+    return {**body, "config": {**body["config"], "latent": {**named, "name": CARRIED}}}
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -103,7 +186,7 @@ def _diffusers() -> Any:
         import diffusers
     except ImportError as error:
         raise UnclipError(
-            "a decoder in latents needs the package diffusers; install it with: pip install 'unclip[latent]'"
+            "networks in latents need the package diffusers; install it with: pip install 'unclip[latent]'"
         ) from error
     return diffusers
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unclip.config import ConfigT, EpsilonStatistics, parse_config
 from unclip.errors import UnclipError
-from unclip.hub import CHECKPOINT, EVERYTHING, check_links, fetch, parse_name
+from unclip.hub import CHECKPOINT, EVERYTHING, Remote, check_links, fetch, fetch_described, is_snapshot, parse_name
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 FORMAT = 1
@@ -229,6 +229,17 @@ def resolve_model(
     return folder if (folder / MANIFEST).is_file() else _converted(folder)
 
 
+def resolve_described(name: str | Path) -> tuple[Path, Remote | None]:
+    """As `resolve_model`, but of a repository on the Hub only the descriptions are fetched, and what else lies there is
+    told. Somebody else's checkpoint on the Hub comes as it is.
+    """
+    hub = None if Path(name).expanduser().exists() else parse_name(str(name))
+    if hub is None:
+        return resolve_model(name), None
+    folder, remote = fetch_described(hub)
+    return (resolve_model(name), None) if remote is None else (folder, remote)
+
+
 def _weights_of(described: Path, parts: Callable[[Path], Sequence[str]] | None) -> Sequence[str]:
     """Patterns of what is wanted beside descriptions: a bundle's parts, or all of somebody else's checkpoint."""
     if not (described / MANIFEST).is_file():
@@ -236,7 +247,7 @@ def _weights_of(described: Path, parts: Callable[[Path], Sequence[str]] | None) 
     if parts is None:
         return EVERYTHING
     inside: dict[str, str] = read_manifest(described)["parts"]
-    return [f"{inside[part]}/*.safetensors" for part in parts(described)]
+    return [f"{inside[part]}/*.safetensors" for part in parts(described) if part in inside]
 
 
 def _converted(folder: Path) -> Path:
@@ -267,13 +278,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
         raise UnclipError(f"{file} names no parts; expected {{'parts': {{'clip': 'clip', …}}}}")
     for part, name in parts.items():
-        inside = (folder / name).resolve()
-        if folder.resolve() not in inside.parents:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
             raise UnclipError(f"{file} points part {part!r} outside the bundle ({name!r})")
-        if not inside.is_dir():
+        if not (folder / name).is_dir():
             there = ", ".join(p for p, n in parts.items() if (folder / n).is_dir()) or "none of them"
             raise UnclipError(f"{folder} is incomplete: part {part!r} is missing (present: {there})")
-    if _MODELS not in folder.absolute().parents:  # an installer may link the package's own files
+    if is_snapshot(folder):  # what was downloaded; a link in a folder of one's own is one's own wish
         check_links(folder, list(parts.values()))
     return manifest
 

@@ -189,24 +189,30 @@ class Editing(Stages):
         config, count = self.decoder.config, self.decoder.process.timesteps
         spec = config.steps if chosen.decoder_steps is None else chosen.decoder_steps
         steps = sdedit_timesteps(timesteps_from(spec, count), strength, count)
-        start = image_pixels(image, config.unet.image_size, self.device)
+        start = image_pixels(image, config.image_size, self.device)
         seen = image_pixels(image, self.clip.image_size, self.device)
         if len(start) != 1:
             raise UsageError(f"edit takes one image, got {len(start)}")
         self.timings = Timings()
         if not steps:
-            pictures = start.expand(num_images, -1, -1, -1)
+            held = start if config.latent is None else self.decoder.to_pixels(self._x_start(start))
+            pictures = held.expand(num_images, -1, -1, -1)
             return self._finish(self._enlarge(pictures, seeds, chosen, progress), output)
         embedding, text = self._shown(prompt, seen, keep_embedding, seeds, chosen, progress)
         if strength == 1:
             return self._finish(self._render(embedding, text, seeds, chosen, progress), output)
-        small = resize(start, config.unet.image_size).expand(num_images, -1, -1, -1)
+        small = self._x_start(start).expand(num_images, -1, -1, -1)
         sampler = sdedit(small, get_sampler(chosen.sampler or config.sampler))
         own = {**chosen.of_decoder(), "sampler": sampler, "steps": steps, "callback": heard("decoder", progress)}
         pictures = self._timed("decoder", partial(self.decoder.sample, embedding, seeds, text=text, **own))
         return self._finish(self._enlarge(pictures, seeds, chosen, progress), output)
 
     # ---- inside ----------------------------------------------------------------------------------------
+
+    def _x_start(self, images: Tensor) -> Tensor:
+        """Pictures of any size as the decoder's process knows them."""
+        small = resize(images, self.decoder.config.image_size)
+        return self._timed("decoder", lambda: self.decoder.to_x_start(small))  # type: ignore[no-any-return]
 
     def _shown(
         self,
@@ -281,10 +287,13 @@ class Editing(Stages):
         way: Resampling,
         progress: Progress | None,
     ) -> Tensor:
-        """(B, 3, S, S) at the decoder's size: given (B, 3, E, E) where the mask (E, E) is 0, elsewhere painted."""
+        """(B, 3, S, S) at the decoder's size: given (B, 3, E, E) where the mask (E, E) is 0 (in latents about so),
+        elsewhere painted.
+        """
         config = self.decoder.config
-        size = config.unet.image_size
-        image, cells = resize(given, size), repainted_cells(mask, size)
+        # In latents a cell is to be painted as soon as one of its pixels is (Avrahami et al. 2023, Blended Latent
+        # Diffusion); what lies around the mask comes back from the picture itself in `paint`.
+        image, cells = self._x_start(given), repainted_cells(mask, config.unet.image_size)
         own: dict[str, Any] = {**options.of_decoder(), "callback": heard("decoder", progress)}
         if config.inpainting:
             own |= {"inpaint_image": image, "inpaint_mask": cells}

@@ -30,6 +30,14 @@ class HubName(NamedTuple):
     revision: str | None
 
 
+class Remote(NamedTuple):
+    """What the Hub holds of a repository at one commit: bytes by file."""
+
+    name: HubName
+    sha: str
+    sizes: dict[str, int]
+
+
 def client() -> Any:
     """The Hub's own client."""
     from huggingface_hub import HfApi
@@ -63,39 +71,55 @@ def fetch(
     Raises UnclipError: no such repository or revision, not reachable and not in the cache, no room on the disk.
     """
     tell = aloud if tell is None else tell
-    if _offline():
-        return _cached(name, "HF_HUB_OFFLINE is set")
-    try:
-        found = client().model_info(name.repo, revision=name.revision, files_metadata=True)
-    except Exception as error:  # the Hub's client raises many kinds
-        if _is_answer(error):
-            raise UnclipError(
-                f"no folder {name.repo!r} here, and the Hub gave no model of that name"
-                f"{f' at {name.revision!r}' if name.revision else ''}: {reason_of(error)}"
-            ) from error
-        folder = _cached(name, f"the Hub cannot be reached ({reason_of(error)})")
-        tell(f"the Hub cannot be reached; {name.repo} is taken from the cache, revision {folder.name[:12]}")
-        return folder
-    sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+    found = _listed(name, tell)
+    if isinstance(found, Path):
+        return found
     if chosen is None:
-        return _download(name, found.sha, _matching(sizes, patterns), tell)
-    folder = _download(name, found.sha, _matching(sizes, DESCRIPTIONS), None)
-    wanted = _matching(sizes, list(chosen(folder)))
+        return _download(name, found.sha, matching(found.sizes, patterns), tell)
+    folder = _download(name, found.sha, matching(found.sizes, DESCRIPTIONS), None)
+    wanted = matching(found.sizes, list(chosen(folder)))
     return _download(name, found.sha, wanted, tell) if wanted else folder
 
 
+def fetch_described(name: HubName, tell: Tell | None = None) -> tuple[Path, Remote | None]:
+    """The folder of a snapshot with its descriptions alone, and what lies on the Hub; None where the cache is all that
+    there is. Raises as `fetch`.
+    """
+    found = _listed(name, aloud if tell is None else tell)
+    if isinstance(found, Path):
+        return found, None
+    return _download(name, found.sha, matching(found.sizes, DESCRIPTIONS), None), found
+
+
+def read_shapes(remote: Remote, file: str) -> list[tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file on the Hub, of which only the header is fetched. Raises UnclipError:
+    not reachable, or no such file.
+    """
+    try:
+        told = client().parse_safetensors_file_metadata(remote.name.repo, file, revision=remote.sha)
+    except Exception as error:  # the Hub's client raises many kinds
+        raise UnclipError(f"the header of {file} in {remote.name.repo} cannot be read: {reason_of(error)}") from error
+    return [tuple(tensor.shape) for tensor in told.tensors.values()]
+
+
+def is_snapshot(folder: Path) -> bool:
+    """Whether a folder lies in the Hub's cache, where it was not put by the user's own hand."""
+    root = folder.resolve()
+    return root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir()
+
+
 def check_links(folder: Path, names: Sequence[str]) -> None:
-    """UnclipError when a file of these sub-folders, or of the folder itself, is a link that leaves the folder. The
+    """UnclipError when anything in these sub-folders, or in the folder itself, is a link that leaves the folder. The
     Hub's cache links its snapshots to blobs beside them, which are its own.
     """
     root = folder.resolve()
-    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    for place in (root, *(root / name for name in names)):
-        for path in place.iterdir() if place.is_dir() else ():
-            if path.is_symlink() and not any(base in path.resolve().parents for base in allowed):
-                raise UnclipError(
-                    f"{path} is a link to {path.resolve()}, outside the model's folder; put the file itself there"
-                )
+    allowed = [root, *([root.parent.parent / "blobs"] if is_snapshot(root) else [])]
+    inside = [path for name in names for path in ((root / name), *(root / name).parents, *(root / name).rglob("*"))]
+    for path in (*root.iterdir(), *inside):
+        if path.is_symlink() and not any(base in path.resolve().parents for base in allowed) and root in path.parents:
+            raise UnclipError(
+                f"{path} is a link to {path.resolve()}, outside the model's folder; put the file itself there"
+            )
 
 
 def told_size(count: float) -> str:
@@ -108,6 +132,24 @@ def told_size(count: float) -> str:
 
 
 # ---- inside --------------------------------------------------------------------------------------------
+
+
+def _listed(name: HubName, tell: Tell) -> Remote | Path:
+    """What the Hub holds; the cached snapshot where the Hub is not asked or not reached."""
+    if _offline():
+        return _cached(name, "HF_HUB_OFFLINE is set")
+    try:
+        found = client().model_info(name.repo, revision=name.revision, files_metadata=True)
+    except Exception as error:  # the Hub's client raises many kinds
+        if _is_answer(error):
+            raise UnclipError(
+                f"no folder {name.repo!r} here, and the Hub gave no model of that name"
+                f"{f' at {name.revision!r}' if name.revision else ''}: {answer_of(error)}"
+            ) from error
+        folder = _cached(name, f"the Hub cannot be reached ({reason_of(error)})")
+        tell(f"the Hub cannot be reached; {name.repo} is taken from the cache, revision {folder.name[:12]}")
+        return folder
+    return Remote(name, str(found.sha), {file.rfilename: file.size or 0 for file in found.siblings or ()})
 
 
 def _download(name: HubName, sha: str, wanted: dict[str, int], tell: Tell | None) -> Path:
@@ -132,16 +174,16 @@ def _download(name: HubName, sha: str, wanted: dict[str, int], tell: Tell | None
         # The revision as it was asked for, so that the cache remembers under that name what it means.
         return Path(client().snapshot_download(name.repo, revision=name.revision, allow_patterns=sorted(wanted)))
     except Exception as error:  # as above
-        raise UnclipError(
-            f"{name.repo} could not be downloaded: {reason_of(error)}; run it again to continue"
-        ) from error
+        again = "" if _is_answer(error) else "; run it again to continue"
+        raise UnclipError(f"{name.repo} could not be downloaded: {answer_of(error)}{again}") from error
 
 
 def _cached(name: HubName, why: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True))
+        # No pattern, no file that must be there: a part of a model is enough for some, and is checked where it is read.
+        return Path(snapshot_download(name.repo, revision=name.revision, local_files_only=True, allow_patterns=[]))
     except Exception as error:  # as above
         revision = f" at revision {name.revision!r}" if name.revision else ""
         raise UnclipError(
@@ -149,11 +191,11 @@ def _cached(name: HubName, why: str) -> Path:
         ) from error
 
 
-def _matching(sizes: dict[str, int], patterns: Sequence[str]) -> dict[str, int]:
+def matching(sizes: dict[str, int], patterns: Sequence[str]) -> dict[str, int]:
+    """The files of these patterns and their sizes; of several variants of the same weights the whole one."""
     from huggingface_hub.utils import filter_repo_objects
 
     found = set(filter_repo_objects(sizes, allow_patterns=list(patterns)))
-    # Of several variants of the same weights the whole one.
     return {name: sizes[name] for name in sizes if name in found and not _has_whole(name, found)}
 
 
@@ -166,9 +208,17 @@ def _is_answer(error: Exception) -> bool:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if isinstance(error, HfHubHTTPError):
-        status = getattr(getattr(error, "response", None), "status_code", 404)
-        return status is None or status < 500
+        return _status(error) < 500
     return isinstance(error, HFValidationError)
+
+
+def _status(error: Exception) -> int:
+    """Of the Hub's answer; 404 for one that tells none, 0 for what is no answer."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return 0
+    return getattr(getattr(error, "response", None), "status_code", None) or 404
 
 
 def _offline() -> bool:
@@ -184,6 +234,21 @@ def _existing(folder: Path) -> Path:
 
 def aloud(sentence: str) -> None:
     print(f"unclip: {sentence}", file=sys.stderr)
+
+
+def answer_of(error: Exception) -> str:
+    """Why the Hub's client gave nothing, and what to do where that is known."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private; log in with `hf auth login` or set HF_TOKEN if it is"
+    if _status(error) in (401, 403):
+        return "the token gives no access to it; log in with `hf auth login`, or check HF_TOKEN and its permissions"
+    return reason_of(error)
 
 
 def reason_of(error: Exception) -> str:

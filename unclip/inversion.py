@@ -69,7 +69,7 @@ class Inversion(Stages):
         """
         if refinements < 0:
             raise UsageError(f"refinements is {refinements}, expected 0 or more")
-        pixels = image_pixels(images, self.decoder.config.unet.image_size, self.device)
+        pixels = image_pixels(images, self.decoder.config.image_size, self.device)
         embedding = self._timed("clip", lambda: self._clip_embedding(images))
         return self._encode(pixels, embedding, steps, refinements, progress)
 
@@ -114,7 +114,7 @@ class Inversion(Stages):
         **options: Any,
     ) -> RoundTrip:
         """Encode one image and draw it again; see `encode` and `reconstruct` for the arguments."""
-        chosen, size = self._options(options), self.decoder.config.unet.image_size
+        chosen, size = self._options(options), self.decoder.config.image_size
         refuse_sampling(chosen)
         seeds = check_seeds(seed, 1)
         self.timings = Timings()
@@ -137,8 +137,8 @@ class Inversion(Stages):
     def _encode(
         self, pixels: Tensor, embedding: Tensor, steps: Steps, refinements: int, progress: Progress | None
     ) -> Latents:
-        process, size = self.decoder.process, self.decoder.config.unet.image_size
-        x_start = resize(pixels, size)
+        process, size = self.decoder.process, self.decoder.config.image_size
+        x_start = self.decoder.to_x_start(resize(pixels, size))
         denoiser = self.decoder.conditional(embedding)
 
         def work() -> tuple[Tensor, tuple[int, ...]]:
@@ -186,7 +186,7 @@ class Inversion(Stages):
         images: Tensor = self._timed(
             "decoder", lambda: replay(denoiser, noise, steps, SeededNoise(seeds), eta=eta, callback=told)
         )
-        return images.clamp(-1, 1)
+        return self._timed("decoder", lambda: self.decoder.to_pixels(images))  # type: ignore[no-any-return]
 
     def _varied(
         self,

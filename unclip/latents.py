@@ -15,7 +15,8 @@ from unclip.config import Config
 from unclip.errors import UnclipError, UsageError
 
 FORMAT = "unclip-latents-1"
-_SAMPLING = {"steps", "sampler", "guidance", "guidance_text", "guidance_interval", "guidance_rescale"}
+_SAMPLING = ("steps", "sampler", "guidance", "guidance_text", "guidance_interval", "guidance_rescale")
+_APART: Any = {**dict.fromkeys(_SAMPLING, True), "latent": {"name": True}}  # the autoencoder's place is no part of it
 _PROBE = 16
 
 
@@ -33,9 +34,9 @@ class Origin:
 class Latents:
     """Bipartite latents of B pictures (unCLIP, §3): z_i holds what CLIP recognises, x_T everything else.
 
-    embedding: z_i, (B, E), as the decoder takes it. noise: x_T, (B, 3, S, S), found by DDIM inversion; None: still to
-    be drawn, from a seed. timesteps: those of the inversion, ascending; the first is the level at which the picture is
-    taken to lie (unclip.diffusion.latents).
+    embedding: z_i, (B, E), as the decoder takes it. noise: x_T, (B, C, S, S) of the decoder's own channels and edge,
+    found by DDIM inversion; None: still to be drawn, from a seed. timesteps: those of the inversion, ascending; the
+    first is the level at which the picture is taken to lie (unclip.diffusion.latents).
     """
 
     embedding: Tensor
@@ -126,7 +127,7 @@ def digest(module: nn.Module, config: Config | None = None) -> str:
     """
     known = hashlib.sha256()
     if config is not None:
-        body: Any = config.model_dump(mode="json", exclude_defaults=True, exclude=_SAMPLING)
+        body: Any = config.model_dump(mode="json", exclude_defaults=True, exclude=_APART)
         known.update(json.dumps(body, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         known.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -206,7 +206,7 @@ class Manipulation(Inversion):
             raise UsageError("the latents come from inversions over different timesteps; encode them in one call")
         embeddings: dict[int, Tensor] = {place: one.embedding.to(self.device) for place, one in given.items()}
         pictures: dict[int, Tensor] = {}
-        small = self.decoder.config.unet.image_size
+        small = self.decoder.config.image_size
         for place, end in enumerate(ends):
             if isinstance(end, Prompt):
                 embeddings[place], pictures[place] = self._drawn(end.text, seed, inverted, options, progress)

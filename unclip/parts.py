@@ -126,7 +126,7 @@ def load_clip(name: str | Path = BUNDLED, device: str | torch.device | None = No
     """The CLIP of a bundle alone, for embeddings without pictures. Raises UnclipError as
     UnCLIP.from_pretrained.
     """
-    folder = resolve_model(name)
+    folder = resolve_model(name, parts=lambda _described: ["clip"])
     parts = read_manifest(folder)["parts"]
     if "clip" not in parts:
         raise UnclipError(f"{folder / MANIFEST} names no 'clip'; it has {', '.join(parts)}")

@@ -70,7 +70,7 @@ def push_to_hub(
             repo, operations, commit_message=message or f"Upload {manifest.get('name', folder.name)}", revision=revision
         )
     except Exception as error:  # the Hub's client raises many kinds
-        raise UnclipError(f"{repo} could not be written: {hub.reason_of(error)}") from error
+        raise UnclipError(f"{repo} could not be written: {hub.answer_of(error)}") from error
     return str(getattr(done, "commit_url", f"https://huggingface.co/{repo}"))
 
 
@@ -78,9 +78,9 @@ def bundle_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
     """{name in the repository: file} of what belongs to a bundle; whatever else lies in its folder stays there."""
     files = {name: folder / name for name in _BESIDE if (folder / name).is_file()}
     for inside in manifest["parts"].values():
-        for file in sorted((folder / inside).iterdir()):
+        for file in sorted((folder / inside).rglob("*")):
             if file.is_file() and file.suffix in _SUFFIXES and not file.name.startswith("."):
-                files[f"{inside}/{file.name}"] = file
+                files[str(file.relative_to(folder))] = file
     return files
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
+from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_config, read_manifest, resolve_model
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import check_seeds, resolve_device, to_bytes
 
@@ -191,17 +191,33 @@ class Upscaler(Upscaling):
         from upsamplers import UpsamplerStage
         from upsamplers.upscale import check_reach
 
-        folder, place = resolve_model(name, revision=revision), resolve_device(device)
+        folder = resolve_model(name, revision, parts=lambda described: _upsamplers_for(described, size))
+        place = resolve_device(device)
         if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
             stages = [UpsamplerStage.load(folder, place)]
             label = folder.resolve().name
         else:
             manifest = read_manifest(folder)
             parts: dict[str, str] = manifest["parts"]
-            stages = [UpsamplerStage.load(folder / parts[part], place) for part in PARTS[3:] if part in parts]
+            stages = [UpsamplerStage.load(folder / parts[part], place) for part in _upsamplers_for(folder, size)]
             label = str(manifest.get("name") or "unnamed")
         check_reach([stage.config.high_size for stage in stages], size)
         return cls(stages, label, place, dtype)
+
+
+def _upsamplers_for(folder: Path, size: int | None) -> list[str]:
+    """The upsamplers of a bundle without which it cannot upscale to `size`; all for None, and for a size it does not
+    make.
+    """
+    from upsamplers import UpsamplerConfig
+
+    parts: dict[str, str] = read_manifest(folder)["parts"]
+    made = {
+        part: read_config(folder / parts[part], "upsampler", UpsamplerConfig).high_size
+        for part in PARTS[3:]
+        if part in parts
+    }
+    return [part for part in made if size is None or size not in made.values() or made[part] <= size]
 
 
 def _clocked(seconds: dict[str, float], progress: Progress | None) -> Progress:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from unclip.autoencoder import LatentConfig, check_latent
 from unclip.config import (
     DETERMINISTIC,
     Config,
@@ -74,6 +76,14 @@ class UpsamplerConfig(Config):
     steps suffice, and no parameters are spent on passing noise through, as ε or v would ask for.
     """
 
+    latent: LatentConfig | None = Field(
+        None, description="the autoencoder in whose latents the result is diffused (Latent Diffusion); null: pixels"
+    )
+    condition: Literal["image", "latent"] = Field(
+        "image",
+        description="what a network in latents sees of the low-resolution image: its pixels, folded into channels "
+        "where they are finer than the latents, or its own latents",
+    )
     unet: NetworkConfig = ADMConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     low_size: int = Field(64, ge=1, description="edge of the condition, pixels")
@@ -109,6 +119,31 @@ class UpsamplerConfig(Config):
         return self.high_size // self.low_size
 
     @property
+    def channels(self) -> int:
+        """Channels of what is diffused."""
+        return 3 if self.latent is None else self.latent.channels
+
+    @property
+    def fold(self) -> int:
+        """Pixels a side of the low-resolution image that fall on one latent; 1 where there are no more pixels."""
+        if self.latent is None or self.condition == "latent":
+            return 1
+        return max(1, self.low_size * self.latent.factor // self.high_size)
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the condition as the network takes it."""
+        return self.channels if self.condition == "latent" else 3 * self.fold**2
+
+    @property
+    def low_multiple(self) -> int:
+        """What the edges of the low-resolution image must be divisible by, for whole latents."""
+        if self.latent is None:
+            return 1
+        own = self.latent.factor
+        return own if self.condition == "latent" else own // gcd(own, self.factor)
+
+    @property
     def last_timestep(self) -> int:
         """The timestep of the last step, which a last-step network is for."""
         return timesteps_from(self.steps, self.diffusion.timesteps, lowest=self.lowest_timestep)[0]
@@ -124,6 +159,7 @@ class UpsamplerConfig(Config):
                 "unet asks for attention; an ADM upsampler has convolutions only, because it is trained on crops and "
                 "applied to whole images. Leave attention_resolutions and middle_attention out"
             )
+        self._check_latents()
         if self.residual and self.diffusion.prediction != "x_start":
             raise ValueError(
                 f"residual adds the condition to a predicted x_0 and needs diffusion.prediction x_start, "
@@ -150,6 +186,28 @@ class UpsamplerConfig(Config):
         if self.noise_level > largest:
             raise ValueError(f"noise_level {self.noise_level} is above noise_augmentation ({largest or 'not set'})")
         return self
+
+
+    def _check_latents(self) -> None:
+        check_latent(self.latent, self.diffusion.variance, "upsampler")
+        if self.latent is None:
+            if self.condition == "latent":
+                raise ValueError("condition 'latent' needs an upsampler in latents; name its autoencoder, model.latent")
+            return
+        if self.residual and self.condition != "latent":
+            raise ValueError("residual adds the condition to latents; set model.condition to latent, or leave it out")
+        if "factor" not in self.latent.model_fields_set:
+            return  # not read from the autoencoder yet
+        own, edge = self.latent.factor, self.high_size // self.latent.factor
+        if self.high_size % own or self.low_size % self.low_multiple:
+            raise ValueError(
+                f"{self.low_size} and {self.high_size} pixels are no whole number of latents of {own} pixels a side"
+            )
+        if self.condition == "image" and self.low_size > edge and self.low_size % edge:
+            raise ValueError(
+                f"condition 'image' folds {self.low_size} pixels onto {edge} latents, which do not divide them; set "
+                "model.condition to latent"
+            )
 
 
 class UpsamplerRunConfig(Config):
@@ -201,4 +259,9 @@ class UpsamplerRunConfig(Config):
         crop = self.data.crop_size or self.data.image_size
         if crop % self.model.factor:
             raise ValueError(f"data.crop_size {crop} is not divisible by the factor {self.model.factor}")
+        latent = self.model.latent
+        if latent is not None and "factor" in latent.model_fields_set:
+            whole = max(latent.factor, self.model.factor * self.model.low_multiple)
+            if crop % whole:
+                raise ValueError(f"data.crop_size {crop} is no whole number of latents; take a multiple of {whole}")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from unclip.nn import UNet, timestep_embedding
@@ -12,11 +13,12 @@ from unclip.nn.storage import StripeMemory, peak_memory
 from unclip.nn.striped import run_striped
 from upsamplers.config import UpsamplerConfig
 
-CHANNELS = 3
+CHANNELS = 3  # of pictures
 
 
 class Upsampler(nn.Module):
-    """x_t (B, 3, H, W), t (B,), low_res (B, 3, h, w) → (B, 3, H, W), or 6 channels with a learned variance.
+    """x_t (B, 3, H, W), t (B,), low_res (B, 3, h, w) → (B, 3, H, W), or 6 channels with a learned variance. In latents
+    x_t and the result are latents (B, C, H/f, W/f), and so is low_res where `condition` is latent.
 
     Any H and W: the inputs are padded by reflection to what the U-Net divides by, and the output is cut back.
     With `last_step_network` a second U-Net, `last_unet`, takes the samples whose t is the last step's.
@@ -26,6 +28,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.config = config
         self.unet = _unet(config)
+        self.in_channels = config.channels + config.condition_channels
         if config.last_step_network:
             self.last_unet, self.last_timestep = _unet(config), config.last_timestep
         if config.noise_augmentation is not None:
@@ -45,8 +48,10 @@ class Upsampler(nn.Module):
         With `memory` the U-Net runs in stripes of rows within it; the result is the same.
         """
         height, width = x_t.shape[-2:]
-        enlarged = upsample(low_res, (height, width), self.config.clamp_condition)
-        joined = _pad(torch.cat([x_t, enlarged.to(x_t.dtype)], dim=1), self.unet.multiple)
+        pixels = self.config.condition == "image"
+        folded = F.pixel_unshuffle(low_res, self.config.fold) if self.config.fold > 1 else low_res
+        enlarged = upsample(folded, (height, width), self.config.clamp_condition and pixels)
+        joined = pad(torch.cat([x_t, enlarged.to(x_t.dtype)], dim=1), self.unet.multiple)
         # Convolutions follow their input's layout, and channels_last is the fast one. The weights stay
         # contiguous, because DeepSpeed broadcasts them as flat memory.
         joined = joined.contiguous(memory_format=torch.channels_last)
@@ -54,8 +59,8 @@ class Upsampler(nn.Module):
         if not self.config.residual:
             return output
         # conv_out starts at zero, so an untrained network's x_0 is exactly the interpolated condition.
-        x_start = output[:, :CHANNELS] + enlarged
-        return torch.cat([x_start, output[:, CHANNELS:]], dim=1)
+        x_start = output[:, : self.config.channels] + enlarged
+        return torch.cat([x_start, output[:, self.config.channels :]], dim=1)
 
     def _level_embedding(self, level: Tensor | None, count: int) -> Tensor | None:
         if self.config.noise_augmentation is None:
@@ -77,6 +82,8 @@ class Upsampler(nn.Module):
 
         if not self.config.last_step_network:
             return run(self.unet, slice(None))
+        if isinstance(t, FakeTensor):  # a plan does not know whose a sample is; each network has one at least
+            return torch.cat([run(self.unet, slice(1, None)), run(self.last_unet, slice(0, 1))])
         last = t <= self.last_timestep
         if not bool(last.any()):
             return run(self.unet, slice(None))
@@ -91,15 +98,16 @@ class Upsampler(nn.Module):
         """Most memory in bytes, beside the weights, that a whole forward pass takes in float32."""
         multiple = self.unet.multiple
         edges = (height + -height % multiple, width + -width % multiple)
-        x = torch.empty(batch, 2 * CHANNELS, *edges, device="meta")
+        x = torch.empty(batch, self.in_channels, *edges, device="meta")
         return peak_memory(self.unet, x, torch.empty(batch, dtype=torch.long, device="meta"))
 
 
 def _unet(config: UpsamplerConfig) -> UNet | EfficientUNet:
-    out_channels = (2 if config.diffusion.variance == "learned_range" else 1) * CHANNELS
+    in_channels = config.channels + config.condition_channels
+    out_channels = (2 if config.diffusion.variance == "learned_range" else 1) * config.channels
     if isinstance(config.unet, EfficientUNetConfig):
-        return EfficientUNet(config.unet, 2 * CHANNELS, out_channels)
-    return UNet(config.unet, 2 * CHANNELS, out_channels)
+        return EfficientUNet(config.unet, in_channels, out_channels)
+    return UNet(config.unet, in_channels, out_channels)
 
 
 def upsample(low_res: Tensor, size: tuple[int, int], clamp: bool = True) -> Tensor:
@@ -108,7 +116,7 @@ def upsample(low_res: Tensor, size: tuple[int, int], clamp: bool = True) -> Tens
     return enlarged.clamp(-1, 1) if clamp else enlarged
 
 
-def _pad(x: Tensor, multiple: int) -> Tensor:
+def pad(x: Tensor, multiple: int) -> Tensor:
     """Extend H and W at the right and the bottom to multiples of `multiple`."""
     height, width = x.shape[-2:]
     bottom, right = -height % multiple, -width % multiple

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ from upsamplers.corruption import corrupt, draw_seeds
 from upsamplers.filters import uniform
 
 
+class Encoder(Protocol):
+    """What brings images (B, 3, H, W) to latents, as unclip.autoencoder.FrozenAutoencoder does."""
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
 def upsampler_loss(
     network: Network,
     process: GaussianDiffusion,
@@ -24,17 +30,42 @@ def upsampler_loss(
     batch: Mapping[str, Any],
     generator: torch.Generator,
     last_step_share: float = 0.25,
+    autoencoder: Encoder | None = None,
 ) -> dict[str, Tensor]:
     """Losses of a batch, each (B,), `loss` being the one to minimise (unCLIP, App. C).
 
-    `batch["image"]` (B, 3, S, S) in [-1, 1] are crops of high-resolution images, S divisible by the factor.
-    The condition is made from them by an antialiased reduction and the configured corruption, and noised to a
-    random level where the model takes noise augmentation. With a last-step network, `last_step_share` of the
-    samples are at its timestep.
+    `batch["image"]` (B, 3, S, S) in [-1, 1] are crops of high-resolution images, S divisible by the factor; `pair`
+    makes of them what the network sees, with the `autoencoder` of one in latents. Otherwise as `pair_loss`.
     """
-    x_start: Tensor = batch["image"]
+    x_start, low_res = pair(batch["image"], config, generator, autoencoder)
+    return pair_loss(network, process, config, x_start, low_res, generator, last_step_share)
+
+
+def pair(
+    images: Tensor, config: UpsamplerConfig, generator: torch.Generator, autoencoder: Encoder | None = None
+) -> tuple[Tensor, Tensor]:
+    """High-resolution images (B, 3, S, S) in [-1, 1] -> x_0, themselves or their latents, and the condition: made from
+    them by an antialiased reduction and the configured corruption, as an image or encoded in its turn.
+    """
+    low_res = make_condition(images, config, generator)
+    if autoencoder is None:
+        return images, low_res
+    return autoencoder.encode(images), low_res if config.condition == "image" else autoencoder.encode(low_res)
+
+
+def pair_loss(
+    network: Network,
+    process: GaussianDiffusion,
+    config: UpsamplerConfig,
+    x_start: Tensor,
+    low_res: Tensor,
+    generator: torch.Generator,
+    last_step_share: float = 0.25,
+) -> dict[str, Tensor]:
+    """Losses (B,) of x_0 and its condition, which is noised to a random level where the model takes noise augmentation.
+    With a last-step network, `last_step_share` of the samples are at its timestep.
+    """
     count, device = len(x_start), x_start.device
-    low_res = make_condition(x_start, config, generator)
     conditioning = {"low_res": low_res}
     if config.noise_augmentation is not None:
         levels = sample_levels(count, config.noise_augmentation, generator).to(device)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unclip.bundle import load_network, load_part
+from unclip.autoencoder import FrozenAutoencoder, located, open_autoencoder
+from unclip.bundle import load_network, load_weights, read_config
 from unclip.diffusion import (
     GaussianDiffusion,
     SeededNoise,
@@ -25,7 +26,7 @@ from unclip.diffusion.samplers import Callback
 from unclip.errors import UnclipError, UsageError
 from unclip.nn.storage import StripeMemory, kept_for_reuse
 from upsamplers.config import UpsamplerConfig
-from upsamplers.network import CHANNELS, Upsampler
+from upsamplers.network import CHANNELS, Upsampler, pad
 
 KIND = "upsampler"
 # Pixels of the result that go through the network together; beyond it images are done one after another.
@@ -52,14 +53,26 @@ class UpsamplerStage:
         self.process = GaussianDiffusion(self.config.diffusion)
         self.device = torch.device(device)
         self.dtype = dtype
+        self._autoencoder: FrozenAutoencoder | None = None
+
+    @property
+    def autoencoder(self) -> FrozenAutoencoder | None:
+        """Of an upsampler in latents, loaded when it is first used. Raises UnclipError: it cannot be loaded, or is
+        another than the upsampler was trained with.
+        """
+        latent = self.config.latent
+        if latent is not None and self._autoencoder is None:
+            self._autoencoder = open_autoencoder(latent, self.device)
+        return self._autoencoder
 
     @classmethod
     def load(
         cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> UpsamplerStage:
         """Read an exported model folder. Raises UnclipError: missing, damaged, weights that do not fit."""
-        config, state = load_part(Path(folder), KIND, UpsamplerConfig)
-        return cls(load_network(lambda: Upsampler(config), state, Path(folder)), device, dtype)
+        config = read_upsampler_config(Path(folder))
+        network = load_network(lambda: Upsampler(config), load_weights(Path(folder)), Path(folder))
+        return cls(network, device, dtype)
 
     @classmethod
     def from_network(
@@ -87,16 +100,26 @@ class UpsamplerStage:
         noise_level: noise added to the condition, in steps of the process; the network is told. For a model trained
         with `noise_augmentation` only.
         memory_limit: bytes that an image in work may take beside the weights. Where a whole forward pass takes more,
-        the network runs in stripes (unclip.nn.striped) with the same result, more slowly.
+        the network runs in stripes (unclip.nn.striped) with the same result, more slowly. Not in latents: their
+        autoencoder takes pictures whole.
         Raises UnclipError: another shape or type, NaN, values far outside [-1, 1], not one seed an image, steps or
         noise level out of range, a limit that is too small.
         """
         self._check(low_res, seeds)
         level = self.check_noise_level(noise_level)
         reverse = self.process.steps(self.timesteps(steps))
+        if memory_limit is not None and self.config.latent is not None:
+            raise UsageError(
+                "a memory limit is kept by upsamplers in pixels, and this one works in latents, whose autoencoder "
+                "takes pictures whole; leave it out"
+            )
         factor = self.config.factor
-        shape = (CHANNELS, factor * low_res.shape[2], factor * low_res.shape[3])
-        chunk = max(1, _PIXELS_AT_ONCE // (shape[1] * shape[2])) if memory_limit is None else 1
+        height, width = factor * low_res.shape[2], factor * low_res.shape[3]
+        autoencoder, low_res = self.autoencoder, pad(low_res, self.config.low_multiple)
+        pixels = 1 if autoencoder is None else autoencoder.facts.factor
+        edges = (factor * low_res.shape[2] // pixels, factor * low_res.shape[3] // pixels)
+        shape = (self.config.channels, *edges)
+        chunk = max(1, _PIXELS_AT_ONCE // (height * width)) if memory_limit is None else 1
         memory = None if memory_limit is None else self._memory(memory_limit, shape)
         results: list[Tensor] = []
         chunks = range(0, len(seeds), chunk)
@@ -104,20 +127,23 @@ class UpsamplerStage:
             noise = SeededNoise(seeds[start : start + chunk])
             x = noise.draw(shape, self.device).contiguous(memory_format=torch.channels_last)
             part = low_res[start : start + chunk].to(self.device, torch.float32).clamp(-1, 1)
+            if autoencoder is not None and self.config.condition == "latent":
+                part = autoencoder.encode(part)
             condition: dict[str, Tensor | None] = {"low_res": part}
             if self.config.noise_augmentation is not None:
                 # Drawn after x_T, which so depends on the seed alone.
                 drawn = noise(part) if level else torch.zeros_like(part)
                 condition["low_res"], condition["noise_level"] = noise_augment(part, level, drawn, self.process)
             network = partial(self._network, memory=memory)
-            clip = clip_from(self.config.diffusion.x_start_clip, static_clip())
+            clip = clip_from(self.config.diffusion.x_start_clip, static_clip() if autoencoder is None else None)
             denoiser = make_denoiser(network, self.process, condition, clip=clip)
             done, total = index * len(reverse), len(chunks) * len(reverse)
             heard = None if callback is None else _shifted(callback, done, total)
             sampler = get_sampler(self.config.sampler)
             with kept_for_reuse(self.device) if memory is None else nullcontext():
                 x = sampler(denoiser, x, reverse, noise, eta=self.config.eta, callback=heard)
-            results.append(x.clamp(-1, 1).contiguous())
+            made = x.clamp(-1, 1) if autoencoder is None else autoencoder.decode(x)
+            results.append(made[..., :height, :width].contiguous())
         return torch.cat(results)
 
     def timesteps(self, steps: int | str | Sequence[int] | None = None) -> list[int]:
@@ -182,6 +208,14 @@ class UpsamplerStage:
             raise UsageError(
                 f"expected low_res in [-1, 1], got values up to {largest:g}; scale 0..255 by x / 127.5 - 1"
             )
+
+
+def read_upsampler_config(folder: Path) -> UpsamplerConfig:
+    """The configuration of an upsampler's folder; an autoencoder that the folder carries has its place in it as its
+    name. Raises UnclipError.
+    """
+    config = read_config(folder, KIND, UpsamplerConfig)
+    return config.model_copy(update={"latent": located(config.latent, folder)})
 
 
 def _shifted(callback: Callback, before: int, total: int) -> Callback:

@@ -6,24 +6,24 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unclip.bundle import load_part, read_config
+from unclip.bundle import load_weights, read_config
 from unclip.config import parse_config
 from unclip.training.start import Reader, Start, carry_over, inherited, open_start
 from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
 from upsamplers.network import Upsampler
-from upsamplers.sampling import KIND
+from upsamplers.sampling import KIND, read_upsampler_config
 
 _PARTS = ("upsampler_256", "upsampler_1024")
 
 
 def read_part(folder: Path) -> tuple[UpsamplerConfig, dict[str, Tensor]]:
     """An upsampler part's configuration and weights."""
-    return load_part(folder, KIND, UpsamplerConfig)
+    return read_upsampler_config(folder), load_weights(folder)
 
 
 def read_shape(folder: Path) -> tuple[UpsamplerConfig, dict[str, Tensor]]:
     """As `read_part`, without the weights."""
-    return read_config(folder, KIND, UpsamplerConfig), {}
+    return read_upsampler_config(folder), {}
 
 
 def with_start(
@@ -38,7 +38,9 @@ def with_start(
     def wanted(folder: Path) -> bool:
         return read_config(folder, KIND, UpsamplerConfig).high_size == config.data.image_size
 
-    start = open_start(config.init_from, KIND, read, foreign=foreign, parts=_PARTS, wanted=wanted)
+    start = open_start(
+        config.init_from, KIND, read, foreign=foreign, parts=_PARTS, wanted=wanted, weights=read is read_part
+    )
     body = {**config.model_dump(), "model": inherited(start, config.model)}
     return parse_config(UpsamplerRunConfig, body, origin=f"the configuration, with {start.folder}"), start
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip.autoencoder import open_autoencoder, with_facts
 from unclip.bundle import save_part
+from unclip.config import parse_config
 from unclip.diffusion import GaussianDiffusion
 from unclip.diffusion.guidance import Network
 from unclip.training import Distributed, fit, open_batches
@@ -37,7 +39,7 @@ def run(config: UpsamplerRunConfig, distributed: Distributed, foreign: Reader | 
     `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
     """
     config, start = with_start(config, foreign)
-    train = config.train
+    config, train = _with_facts(config), config.train
     torch.manual_seed(train.seed)  # the network's initial weights
     network = Upsampler(config.model)
     if start is not None:
@@ -46,15 +48,26 @@ def run(config: UpsamplerRunConfig, distributed: Distributed, foreign: Reader | 
     tuning = Tuning(network, train, KIND, config.model)
     process = GaussianDiffusion(config.model.diffusion)
     batches = open_batches(config.data, train, distributed)
+    latent = config.model.latent
+    autoencoder = None if latent is None else open_autoencoder(latent, distributed.device)
 
     def loss_fn(network: Network, batch: Mapping[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        return upsampler_loss(network, process, config.model, batch, generator, config.last_step_share)
+        return upsampler_loss(network, process, config.model, batch, generator, config.last_step_share, autoencoder)
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
         save_part(folder, KIND, config.model, state)
 
     sample = _preview(config) if train.sample_every and distributed.rank == 0 else None
     return fit(network, loss_fn, batches, train, run_config=config, export=tuning.exporting(export), sample=sample)
+
+
+def _with_facts(config: UpsamplerRunConfig) -> UpsamplerRunConfig:
+    """With what the autoencoder of an upsampler in latents decides. UsageError: sizes that are no whole latents."""
+    if config.model.latent is None:
+        return config
+    body = config.model_dump()
+    body["model"]["latent"] = with_facts(config.model.latent).model_dump()
+    return parse_config(UpsamplerRunConfig, body, origin="the configuration, with its autoencoder")
 
 
 def _freeze(network: Upsampler, config: UpsamplerRunConfig) -> None:

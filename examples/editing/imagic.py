@@ -65,7 +65,7 @@ def imagic(
         update={"drop_text": 1.0, "drop_embedding": 0.0, "drop_both": 0.0, "embedding_noise": 0.0}
     )
     network = copy.deepcopy(model.decoder.network).eval()
-    pixels = image_pixels(image, config.unet.image_size, model.device).expand(BATCH, -1, -1, -1)
+    pixels = model.decoder.to_x_start(image_pixels(image, config.image_size, model.device)).expand(BATCH, -1, -1, -1)
     text = model.embed_text([prompt] * BATCH)
     target = model.predict_embedding(prompt, seed=seed).clone()
     generator = torch.Generator(model.device).manual_seed(seed)

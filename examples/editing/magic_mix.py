@@ -63,7 +63,7 @@ def magic_mix(
     if not 0 <= nu <= 1 or not 0 <= k_min <= k_max <= 1:
         raise UsageError(f"nu is {nu}, k_min {k_min} and k_max {k_max}; expected 0 to 1 each, k_min up to k_max")
     stage = model.decoder
-    pixels = image_pixels(image, stage.config.unet.image_size, model.device)
+    pixels = stage.to_x_start(image_pixels(image, stage.config.image_size, model.device))
     sampler = mixing(pixels, stage.process.timesteps, nu, k_min, k_max)
     z = model.predict_embedding(prompt, seed=seed)
     return stage.sample(z, [seed], text=model.embed_text(prompt), steps=steps, sampler=sampler)

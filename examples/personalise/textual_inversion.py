@@ -92,7 +92,7 @@ def run(config: InversionConfig, distributed: Distributed) -> Path:
     """
     name, loss = check_name(config.model.name), config.loss
     system = UnCLIP.from_pretrained(config.bundle, device=distributed.device, size=config.data.image_size)
-    size, asked = system.decoder.config.unet.image_size, config.data.image_size
+    size, asked = system.decoder.config.image_size, config.data.image_size
     if asked != size:
         raise UsageError(f"data.image_size is {asked}, and the decoder of {config.bundle} draws {size} px")
     if loss.decoder and system.decoder.config.text.kind != "clip":
@@ -151,7 +151,8 @@ def token_loss(
         given = decoder.config.model_copy(
             update={"drop_text": 0.0, "drop_both": 0.0, "drop_embedding": loss.drop_embedding}
         )
-        found = decoder_loss(decoder.network, decoder.process, given, image, embedding, text, generator)
+        x_start = decoder.to_x_start(image)
+        found = decoder_loss(decoder.network, decoder.process, given, x_start, embedding, text, generator)
         losses["decoder"] = found["loss"]
         losses["loss"] = losses["loss"] + loss.decoder * losses["decoder"]
     return losses

@@ -134,6 +134,6 @@ def _load_clip(model: str, clip_name: str | None, device: str) -> tuple[Any, str
     from unclip.bundle import read_manifest, resolve_model
     from unclip.parts import load_clip
 
-    folder = resolve_model(model)
+    folder = resolve_model(model, parts=lambda _described: ["clip"])
     loaded = load_clip(model, place)
     return loaded, str(folder / read_manifest(folder)["parts"]["clip"])

@@ -94,6 +94,15 @@ def info(
         raise failure
 
 
+def _in_latents(facts: dict[str, Any]) -> str:
+    """Of a part in latents, whose they are."""
+    told = facts.get("latents")
+    if told is None:
+        return ""
+    own = f"its own, {told['parameters'] / 1e6:.2f} M parameters" if told["carried"] else told["name"]
+    return f"; in latents of {told['channels']} channels, {told['factor']} px a side, of an autoencoder ({own})"
+
+
 def _readable(body: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {version or 'missing'}" for name, version in body["packages"].items())
     lines = [
@@ -109,7 +118,7 @@ def _readable(body: dict[str, Any]) -> str:
     for part, facts in model["parts"].items():
         defaults = ", ".join(f"{key} {value}" for key, value in facts["defaults"].items())
         numbers = f"{facts['parameters'] / 1e6:7.2f} M parameters, {facts['bytes'] / 1e6:6.1f} MB"
-        lines.append(f"  {part:<15} {numbers}{'; ' + defaults if defaults else ''}")
+        lines.append(f"  {part:<15} {numbers}{'; ' + defaults if defaults else ''}{_in_latents(facts)}")
     known = model["example_prompts"]
     if known:
         shown = ", ".join(known[:12])

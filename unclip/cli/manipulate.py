@@ -79,7 +79,7 @@ def reconstruct(
         from unclip.data.images import to_pil
 
         trip = system.round_trip(picture, seed=seed, progress=bars, **own, **sampling)
-        edge = system.decoder.config.unet.image_size
+        edge = system.decoder.config.image_size
         extra.update(psnr=round(trip.psnr, 3), psnr_size=edge, timesteps=list(trip.latents.timesteps))
         if latents is not None:
             data = trip.latents.to_bytes()

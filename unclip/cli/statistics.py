@@ -108,5 +108,5 @@ def _measure(
     memo = EmbeddingMemo(
         clip, 0, unit_length=config.embedding_length == "unit", texts=CaptionEncoder(config, clip)
     )
-    size = config.unet.image_size
+    size = config.image_size
     return measure_decoder(decoder, memo, batches(size), samples, timesteps=steps, seed=seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from unclip.diffusion.process import GaussianDiffusion
 from unclip.errors import UsageError
@@ -26,8 +27,9 @@ def noise_augment(x: Tensor, level: int | Tensor, noise: Tensor, process: Gaussi
     levels = levels.expand(len(x)) if levels.ndim == 0 else levels
     if levels.shape != (len(x),):
         raise UsageError(f"noise levels of shape {tuple(levels.shape)} for {len(x)} samples; expected one each")
-    # On a GPU looking at the values would wait for the device at every training step.
-    if levels.device.type == "cpu" and len(x) and not 0 <= levels.min() <= levels.max() <= process.timesteps:
+    # On a GPU looking at the values would wait for the device at every training step; a plan's tensors have none.
+    seen = levels.device.type == "cpu" and len(x) > 0 and not isinstance(levels, FakeTensor)
+    if seen and not 0 <= levels.min() <= levels.max() <= process.timesteps:
         raise UsageError(
             f"noise levels from {int(levels.min())} to {int(levels.max())}; expected 0 (none) to {process.timesteps}"
         )

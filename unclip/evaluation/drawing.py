@@ -164,7 +164,7 @@ def reconstruct_pieces(
     """Real pictures encoded to (z_i, x_T) and drawn again, in pieces: "psnr" and "ssim" (N,) at the decoder's size,
     "truth" and "again" uint8. Returns the number of pieces.
     """
-    size = system.decoder.config.unet.image_size
+    size = system.decoder.config.image_size
     number_of = -(-count // RECONSTRUCTION_PIECE)
     missing = [n for n in range(number_of) if share.owns(n) and not pieces.has(n)]
     if not missing:

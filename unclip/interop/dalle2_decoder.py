@@ -1,4 +1,6 @@
-"""DALLE2-pytorch's `Decoder` -> our `Dalle2Decoder`: its base U-Net. Those behind it, which enlarge, are left out."""
+"""DALLE2-pytorch's `Decoder` -> our `Dalle2Decoder`: its base U-Net. Those behind it, which enlarge, are left out, and
+named by `left_out`.
+"""
 
 from __future__ import annotations
 
@@ -141,6 +143,19 @@ def decoder_from_dalle2(
         own = Dalle2Decoder(ours)
     check_state(own, state, origin)
     return ours, state
+
+
+def left_out(checkpoint: Dalle2Checkpoint) -> list[str]:
+    """The U-Nets behind the first, in words: what they enlarge to, and why they stay behind."""
+    told = checkpoint.config or {}
+    named = {int(found[1]) for name in checkpoint.state if (found := re.match(r"unets\.(\d+)\.", name))}
+    sizes = told.get("image_sizes") or []
+    why = "none of the upsamplers here computes what it computes; take one that was trained here"
+    return [
+        f"the enlarging U-Net unets.{number}{f', to {sizes[number]} px' if number < len(sizes) else ''}: {why}"
+        for number in sorted(named | set(range(len(told.get("unets") or []))))
+        if number
+    ]
 
 
 def _body(

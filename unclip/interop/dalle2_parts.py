@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from unclip.bundle import check_part_free, save_part
+from unclip.hub import Tell, aloud
 from unclip.interop.dalle2 import read_checkpoint
-from unclip.interop.dalle2_decoder import decoder_from_dalle2
+from unclip.interop.dalle2_decoder import decoder_from_dalle2, left_out
 from unclip.interop.dalle2_prior import prior_from_dalle2
 
 
@@ -19,9 +20,11 @@ def convert_dalle2(
     version: str | None = None,
     text_length: int = 77,
     overwrite: bool = False,
+    tell: Tell = aloud,
     **changes: Any,
 ) -> str:
-    """Write the prior or decoder that a checkpoint holds to the folder `out`, and return which of the two it is.
+    """Write the prior or decoder that a checkpoint holds to the folder `out`, and return which of the two it is. `tell`
+    hears of each network that is left out, by default on stderr.
 
     `config`, `version`: see `read_checkpoint`; `text_length` is that of the CLIP that it was trained with; `changes`
     set fields of our configuration (steps, guidance, …). Raises UnclipError: as the readers; `out` is something else,
@@ -35,4 +38,6 @@ def convert_dalle2(
     else:
         decoder, state = decoder_from_dalle2(checkpoint, text_length, **changes)
         save_part(out, "decoder", decoder, state)
+        for what in left_out(checkpoint):
+            tell(f"left out: {what}")
     return checkpoint.kind

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from decoder import Decoder, DecoderConfig
 from prior import Prior, PriorConfig
-from unclip.bundle import FORMAT, MANIFEST, read_config, read_json, replacing, save_part, write_json
+from unclip.autoencoder import CARRIED, carry
+from unclip.bundle import (
+    FORMAT,
+    MANIFEST,
+    read_config,
+    read_json,
+    read_part_json,
+    replacing,
+    save_part,
+    write_json,
+)
 from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.errors import UnclipError
 from unclip.interop.clip_part import preprocessing, write_clip, write_named_clip
@@ -200,7 +210,9 @@ def write_bundle(
             done += sizes[name]
         parts = ["clip", *checkpoint.parts]
         if options.upsampler_1024 is not None:
-            shutil.copytree(options.upsampler_1024, temporary / "upsampler_1024")
+            source, target = options.upsampler_1024, temporary / "upsampler_1024"
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(CARRIED))
+            write_json(target / "config.json", carry(read_part_json(source, "upsampler"), source, target))
             parts.append("upsampler_1024")
         body = {"format": FORMAT, "parts": {name: name for name in parts}, "name": options.name or out.absolute().name}
         write_json(temporary / MANIFEST, {**body, "source": checkpoint.origin()})

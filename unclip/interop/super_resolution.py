@@ -72,6 +72,7 @@ def upsampler_to_diffusers(
         name
         for name, found in (
             ("an Efficient U-Net", not isinstance(config.unet, UNetConfig)),
+            ("latents", config.latent is not None),
             ("residual", config.residual),
             ("noise_augmentation", config.noise_augmentation is not None),
             ("clamp_condition", config.clamp_condition),

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict
 
+from unclip.autoencoder import with_facts
 from unclip.bundle import read_json
 from unclip.clip import CONFIG_FILE, architecture, clip_folder
 from unclip.config import Config, load_config, parse_config
@@ -55,6 +56,8 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None, stage: str
     if found not in _CLASSES:
         raise UsageError(f"no stage {found!r}; known: {', '.join(STAGES)}")
     config, told = _with_start(found, load_config(_config_class(found), file, overrides))
+    config, of_latents = _with_latents(config)
+    told = (*told, *of_latents)
     if found in ("clip", "upsampler"):
         return Recipe(found, file, config, assumptions=told)
     recipe = _with_clip(found, file, config)
@@ -106,6 +109,21 @@ def _with_start(stage: str, config: Any) -> tuple[Any, tuple[str, ...]]:
         if "model" not in config.model_fields_set:
             raise
         return config, (f"{config.init_from} is not here: what the section model leaves out has its default",)
+
+
+def _with_latents(config: Any) -> tuple[Any, tuple[str, ...]]:
+    """Fill in what a network in latents takes from its autoencoder, where that is a folder here; nothing is fetched."""
+    latent = getattr(config.model, "latent", None)
+    if latent is None:
+        return config, ()
+    if not Path(latent.name).expanduser().is_dir():
+        return config, (
+            f"the autoencoder {latent.name!r} is no local folder: its latents are taken to be {latent.channels} "
+            f"channels of {latent.factor} pixels a side, and running it is not counted",
+        )
+    body = config.model_dump()
+    body["model"]["latent"] = with_facts(latent).model_dump()
+    return parse_config(type(config), body), (f"the frozen autoencoder is the one in {latent.name}",)
 
 
 def _with_clip(stage: str, file: Path, config: Any) -> Recipe:

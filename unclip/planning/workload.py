@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from unclip.autoencoder import FrozenAutoencoder, LatentConfig
 from unclip.clip import FrozenCLIP, TextFeatures, build_architecture, clip_loss
 from unclip.diffusion import GaussianDiffusion
 from unclip.planning.recipe import Recipe
@@ -121,6 +122,8 @@ def _decoder(recipe: Recipe, network: nn.Module) -> Workload:
     if t5 is not None and t5.encoder is not None:
         encoders.modules["t5"] = t5.encoder
 
+    latents = _Latents(model.latent, encoders.modules)
+
     def captions(batch: int) -> TextFeatures:
         clip = None
         if needs_clip or model.text_embedding_to_time:
@@ -136,11 +139,9 @@ def _decoder(recipe: Recipe, network: nn.Module) -> Workload:
     def run(batch: int, frozen_done: Callable[[], None]) -> Tensor:
         image = _images(batch, _edge(recipe)).contiguous(memory_format=torch.channels_last)
         embedding, text = encoders.images(image), captions(batch)
+        x_start = latents.encode(image)
         frozen_done()
-        if model.latent is not None:  # the autoencoder's own work is not counted
-            edge = model.unet.image_size
-            image = image.new_zeros(batch, model.channels, edge, edge)
-        losses = decoder_loss(network, process, model, image, embedding, text, torch.Generator())
+        losses = decoder_loss(network, process, model, x_start, embedding, text, torch.Generator())
         return losses["loss"].mean()
 
     return Workload(network, encoders.modules, run, told)
@@ -149,19 +150,43 @@ def _decoder(recipe: Recipe, network: nn.Module) -> Workload:
 def _upsampler(recipe: Recipe, network: nn.Module) -> Workload:
     from unclip.config import parse_config
     from upsamplers.config import NoCorruptionConfig, UpsamplerConfig
-    from upsamplers.objective import upsampler_loss
+    from upsamplers.objective import pair, pair_loss
 
     # A corruption looks at pixels, which are not there; it is the data's preparation and no part of the network.
     body = {**recipe.config.model.model_dump(), "corruption": NoCorruptionConfig().model_dump()}
     model = parse_config(UpsamplerConfig, body)
     process = GaussianDiffusion(model.diffusion)
+    frozen: dict[str, nn.Module] = {}
+    latents = None if model.latent is None else _Latents(model.latent, frozen)
 
     def run(batch: int, frozen_done: Callable[[], None]) -> Tensor:
-        image = _images(batch, _edge(recipe))
+        generator = torch.Generator()
+        x_start, low_res = pair(_images(batch, _edge(recipe)), model, generator, latents)
         frozen_done()
-        return upsampler_loss(network, process, model, {"image": image}, torch.Generator())["loss"].mean()
+        return pair_loss(network, process, model, x_start, low_res, generator)["loss"].mean()
 
-    return Workload(network, {}, run, ["the corruption of the low-resolution image is not counted"])
+    return Workload(network, frozen, run, ["the corruption of the low-resolution image is not counted"])
+
+
+class _Latents:
+    """Images -> latents by the autoencoder in a local folder, which is entered into `modules`; for another name,
+    latents of its shape at no cost.
+    """
+
+    def __init__(self, latent: LatentConfig | None, modules: dict[str, nn.Module]) -> None:
+        self.latent = latent
+        self.model: FrozenAutoencoder | None = None
+        if latent is not None and Path(latent.name).expanduser().is_dir():
+            self.model = modules["autoencoder"] = FrozenAutoencoder.without_weights(latent.name)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H/f, W/f); in pixels the images themselves."""
+        if self.model is not None:
+            return self.model.encode(images)
+        if self.latent is None:
+            return images
+        edges = (size // self.latent.factor for size in images.shape[2:])
+        return images.new_zeros(len(images), self.latent.channels, *edges)
 
 
 class _Encoders:

@@ -37,16 +37,18 @@ def open_start(
     foreign: Reader | None = None,
     parts: Sequence[str] | None = None,
     wanted: Callable[[Path], bool] = lambda _folder: True,
+    weights: bool = True,
 ) -> Start:
     """Read what `init_from` names: the folder of a part, of a run, of a bundle ('emoji' is the bundled one), a
     Hub id or, with `foreign`, of a checkpoint in diffusers' layout.
 
-    `kind` is the part's kind and `read` its reader; of a bundle the first of `parts` is taken that is `wanted`.
+    `kind` is the part's kind and `read` its reader; of a bundle the first of `parts` is taken that is `wanted`. A
+    bundle on the Hub gives these parts' weights, or with `weights` false none.
     Raises UnclipError: no such folder, or one that holds no such part.
     """
     folder = Path(name).expanduser()
     if name == BUNDLED or (not folder.exists() and parse_name(name) is not None):
-        folder = resolve_model(name)
+        folder = resolve_model(name, parts=lambda _described: (parts or (kind,)) if weights else ())
     if not folder.is_dir():
         raise UnclipError(
             f"init_from names {name!r}, and there is no such folder; name a bundle, a run, the folder of a {kind}, a "
