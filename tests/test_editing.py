@@ -257,7 +257,7 @@ def test_restoring_keeps_the_size_and_draws_anew(tiny_bundle: Path) -> None:
     assert [tuple(one.shape) for one in both] == [(3, 80, 100), (3, 90, 90)]
     assert list(system.timings.seconds) == ["upsampler_256"]
     for size, options, message in (
-        (1100, {}, r"a picture of 1100 pixels cannot be restored .* expected a longer edge of 65 to 1024 pixels"),
+        (1100, {}, r"a picture of 1100 pixels cannot be restored .* expected a longer edge of 65 to 256 pixels"),
         (64, {}, "a picture of 64 pixels cannot be restored"),
         (100, {"start": 200}, "start 200 is no reduction of a picture of 100 pixels"),
         (100, {"stepz": 2}, "unknown option 'stepz'"),
