@@ -17,8 +17,8 @@ from unclip import UnCLIP, UnclipError, UsageError
 from unclip.clip import TextFeatures
 from unclip.inputs import LARGEST_SEED, SampleOptions, check_embeddings, resolve_device
 
-# Two passes over one sample in batches of different sizes differ by float32 rounding alone.
-BATCH_TOLERANCE = 1 / 255
+# Two passes over one sample in batches of different sizes differ by float32 rounding alone; here by one of 256 levels.
+BATCH_TOLERANCE = 2 / 255
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,8 @@ def may_overwrite(x: Tensor) -> bool:
     return isinstance(x, Tensor) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def doubled_conv(x: Tensor, conv: nn.Module, shift: Tensor | None = None) -> Tensor:
-    """conv(x with every pixel doubled in height and width), `conv` being a 3×3 convolution that keeps the edge; plus
-    `shift` (1, C, 1, 1) where given.
+def doubled_conv(x: Tensor, conv: nn.Module) -> Tensor:
+    """conv(x with every pixel doubled in height and width), `conv` being a 3×3 convolution that keeps the edge.
 
     An output pixel meets 2×2 pixels of x alone, each with the sum of one to four of the nine weights. On a CPU these
     sums are the weights of a transposed convolution of stride 2: four products a pixel and pair of channels instead of
@@ -35,26 +34,21 @@ def doubled_conv(x: Tensor, conv: nn.Module, shift: Tensor | None = None) -> Ten
         or conv.kernel_size != (3, 3)
         or conv.padding != (1, 1)
         or x.device.type != "cpu"
+        or type(x) is not Tensor  # a plan counts what any device computes
         or x.dtype not in (torch.float32, torch.float64)  # halves would round the sums of the weights once more
     ):
         doubled: Tensor = conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-        return doubled if shift is None else doubled + shift
+        return doubled
     # Along an axis output 2y is w0·x[y−1] + (w1 + w2)·x[y], and 2y + 1 is (w0 + w1)·x[y] + w2·x[y+1].
     sums = conv.weight.new_tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     both = torch.einsum("yi,xj->yxij", sums, sums).flatten(2).flatten(0, 1)  # (16, 9)
     nine = conv.weight.transpose(0, 1).reshape(-1, 9)  # (I·O, 9)
     kernel = (nine @ both.t()).view(conv.in_channels, conv.out_channels, 4, 4)
-    return F.conv_transpose2d(x, kernel, _shifted(conv.bias, shift), stride=2, padding=1)
+    return F.conv_transpose2d(x, kernel, conv.bias, stride=2, padding=1)
 
 
 def conv_and_shift(h: Tensor, conv: nn.Module, shift: Tensor, *, double: bool = False) -> Tensor:
-    """conv(h) + shift, shift (B, C, 1, 1), with every pixel of h doubled first where `double`. Of one sample the shift
-    is part of the bias.
-    """
-    if len(shift) == 1 and may_overwrite(h) and _is_plain(conv, h):
-        if double:
-            return doubled_conv(h, conv, shift)
-        return F.conv2d(h, conv.weight, _shifted(conv.bias, shift), conv.stride, conv.padding)
+    """conv(h) + shift, shift (B, C, 1, 1), with every pixel of h doubled first where `double`."""
     out: Tensor = doubled_conv(h, conv) if double else conv(h)
     return out.add_(shift) if may_overwrite(h) else out + shift
 
@@ -100,9 +94,3 @@ def _is_plain(conv: nn.Module, x: Tensor) -> TypeGuard[nn.Conv2d]:
     simple = conv.groups == 1 and conv.stride == conv.dilation == (1, 1) and conv.padding_mode == "zeros"
     cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return simple and x.dtype == conv.weight.dtype and not cast
-
-
-def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    if bias is None or shift is None:
-        return bias if shift is None else shift.flatten()
-    return bias + shift.flatten()
