@@ -8,7 +8,6 @@ that of one that only loads the model; with CUDA the device's peak.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe
+from benchmarks.report import give_out
 from benchmarks.timing import Spread, count_flops, in_turns, paired_ratio
 from unclip.pipeline import UnCLIP
 
@@ -62,9 +62,7 @@ def main(arguments: list[str]) -> None:
         _draw_once(options, options.draw[0], int(options.draw[1]))
         return
     report = measure(options)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(to_text(report))
+    give_out(report, to_text, options.json)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

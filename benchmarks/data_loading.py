@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import tarfile
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import describe
+from benchmarks.report import give_out
 from benchmarks.timing import Spread, in_turns, paired_ratio
 from unclip.config import DataConfig, parse_config
 from unclip.data import Batches, build_batches
@@ -92,9 +92,7 @@ def main(arguments: list[str]) -> None:
         stored = write_tars(Path(folder), shards=8, samples=128, edge=options.edge)
         report = measure(Path(folder), options, device)
     report |= {"machine": describe(device), "bytes_an_image": stored // 1024, "edge": options.edge}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(to_text(report))
+    give_out(report, to_text, options.json)
 
 
 def measure(folder: Path, options: Any, device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,6 @@ its way: every batch is embedded, as on a data set that is larger than memory. B
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from benchmarks.data_loading import write_tars
 from benchmarks.machine import describe
+from benchmarks.report import give_out
 from benchmarks.timing import Spread, in_turns, paired_ratio
 from prior.config import PriorConfig
 from prior.network import Prior
@@ -44,9 +44,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), options, device)
     report["machine"] = describe(device)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(to_text(report))
+    give_out(report, to_text, options.json)
 
 
 def measure(folder: Path, options: Any, device: torch.device) -> dict[str, Any]:

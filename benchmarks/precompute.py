@@ -7,7 +7,6 @@ as many pictures in batches of the same size.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from benchmarks.data_loading import write_tars
 from benchmarks.machine import describe
+from benchmarks.report import give_out
 from benchmarks.timing import Spread, in_turns, paired_ratio
 from unclip.clip import FrozenCLIP, architecture, build_architecture
 from unclip.config import DataConfig, parse_config
@@ -35,9 +35,7 @@ def main(arguments: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         report = measure(Path(folder), options, device)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(to_text(report))
+    give_out(report, to_text, options.json)
 
 
 def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from benchmarks.contest import Row
 from benchmarks.timing import Spread
+
+
+def give_out(report: Mapping[str, Any], text: Callable[..., str], path: Path | None) -> None:
+    """Print `text` of a report; where a path is given, write the report there as JSON."""
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    print(text(report))
 
 
 def to_json(

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.machine import describe
 from benchmarks.networks import STAGES
+from benchmarks.report import give_out
 from benchmarks.shapes import SIZES
 
 NAMES = ("unclip, eager float32", "diffusers", "dalle2-pytorch")
@@ -44,9 +45,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(step_memory(options.stage[0], options.one, options)))
         return
     report = measure(options)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(to_text(report))
+    give_out(report, to_text, options.json)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

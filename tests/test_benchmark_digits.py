@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from PIL import Image
-
-pytest.importorskip("sklearn")
 
 from benchmarks import digits, digits_ours
 from benchmarks.digits_data import HELD_OUT_PHRASING, PHRASINGS, Digits, captions_of, load_split, sheet, write_folder

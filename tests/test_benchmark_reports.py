@@ -86,7 +86,6 @@ def test_a_budget_leaves_every_work_one_round(
     assert len(in_turns(works, 4, torch.device("cpu"))["a"]) == 4  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not training_memory._RESET.exists(), reason="a process's peak can be set back on Linux alone")
 def test_memory_of_a_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """More with a larger batch, at least gradients and moments, and nothing of a peer that is not there."""
     monkeypatch.setattr(peer_dalle2, "INSTALLED", False)

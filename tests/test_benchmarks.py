@@ -110,7 +110,7 @@ def test_without_diffusers_ours_runs_alone(monkeypatch: pytest.MonkeyPatch) -> N
         assert found[0].works["forward"]().shape[0] == result[0]
 
 
-@pytest.mark.skipif(not peer_dalle2.INSTALLED, reason="dalle2-pytorch is not installed")
+@pytest.mark.skipif(not peer_dalle2.INSTALLED, reason="needs dalle2-pytorch, an optional peer")
 def test_dalle2_pytorch_does_equal_work() -> None:
     """Parameters within 2 %, and as many passes through the network as ours, two a step with guidance."""
     for contestants, shape in ((stage_prior.contestants, TINY.prior), (stage_decoder.contestants, TINY.decoder)):

@@ -97,8 +97,8 @@ def test_unknown_command(fails: Fails) -> None:
     assert "no such command 'smaple'" in fails(2, "smaple")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_no_cuda(fails: Fails, tiny_bundle: Path) -> None:
+def test_no_cuda(fails: Fails, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     command = ["sample", "-p", "pizza", "--model", tiny_bundle, "--device"]
     assert "there is no CUDA device here" in fails(1, *command, "cuda")
     assert "there is no CUDA device here" in fails(1, *command, "cuda:7")

@@ -206,7 +206,7 @@ def test_planned_memory_is_what_a_step_needs(case: str, monkeypatch: pytest.Monk
     assert planned.flops.frozen > 0 or recipe.stage == "upsampler"
 
 
-@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch without CUDA has no autocast for it")
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch built for GPUs, with autocast for them")
 def test_gpu_rules_are_cudas_autocast() -> None:
     """What a U-Net with dropout saves, counted under CUDA's own autocast rules, needs no device."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -48,7 +48,6 @@ def test_a_run_of_a_living_process_is_running(tmp_path: Path) -> None:
     assert (read_run(old).state, read_run(old).reason) == ("running", "silent for 500 s")
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are told apart by /proc")
 def test_a_run_of_a_dead_process_is_interrupted_at_once(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as child:
         born = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 from typing import Any
 
 import helpers_decoder
@@ -183,7 +182,6 @@ def test_padding_behind_the_longest_caption_is_not_read() -> None:
 # ---- memory ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
 def test_memory_of_feature_maps_is_not_given_back_between_layers() -> None:
     def faults() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
