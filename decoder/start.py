@@ -17,7 +17,8 @@ from unclip.config import parse_config
 from unclip.errors import UnclipError
 from unclip.training.start import Reader, Start, carry_over, inherited, open_start
 
-_MAY_START_FRESH = ("noise_level_to_time.",)  # ends in zeros: it changes nothing until it has learned
+# They end in zeros, and change nothing until they have learned.
+_MAY_START_FRESH = ("noise_level_to_time.", "unet.refiner.")
 _NULLS = ("null_text", "null_mask", "null_text_embedding")
 
 
@@ -58,7 +59,7 @@ def begin_from(network: Decoder, start: Start) -> str | None:
     Where it predicts another quantity (ε, x_0, v), the output layer keeps its fresh zeros: it would put out the wrong
     thing, while the features below it serve as well. An inpainting decoder may start from one that is none: the
     weights of its additional input channels are zero, so that it begins by painting as the other did (GLIDE, §3.3).
-    The same holds for what tells the network the embedding's noise level. Where one drops captions by learned rows and
+    The same holds for what tells the network the embedding's noise level, and for a refiner. Where one drops captions by learned rows and
     the other by the CLIP's features of '', see `_null_text`.
     Raises UnclipError: the weights do not fit otherwise.
     """

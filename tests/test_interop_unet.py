@@ -228,8 +228,8 @@ def test_decoders_that_cannot_be_converted(theirs: tuple[Any, Any]) -> None:
     config, ours = decoder_from_diffusers((state, body), projection, text_length=LENGTH)
     with pytest.raises(UnclipError, match=r"no such decoder: null_text is 'learned'; configs/decoder/karlo\.yaml"):
         decoder_to_diffusers(config.model_copy(update={"null_text": "learned"}), ours)
-    with pytest.raises(UnclipError, match=r"patch_size is not 1"):
-        shape = config.unet.model_copy(update={"patch_size": 2})
+    with pytest.raises(UnclipError, match=r"patch_size is not 1; refine_channels is not 0"):
+        shape = config.unet.model_copy(update={"patch_size": 2, "refine_channels": 8})
         decoder_to_diffusers(config.model_copy(update={"unet": shape}), ours)
 
 

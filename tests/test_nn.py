@@ -56,6 +56,7 @@ def rand(*shape: int, seed: int = 0) -> Tensor:
         ({}, 2),
         ({"channel_mult": [1, 2, 2]}, 4),
         ({"patch_size": 4}, 8),
+        ({"patch_size": 4, "refine_channels": 5}, 8),
         ({"channel_mult": [2], "num_res_blocks": 3}, 1),
         ({"num_res_blocks": [0, 2]}, 2),
         ({"channel_mult": [1, 1, 3], "num_res_blocks": [2, 0, 1], "patch_size": 2}, 8),
@@ -83,6 +84,28 @@ def test_untrained_blocks_are_the_identity() -> None:
     down, up = ResBlock(16, 16, 32, resample="down")(x, emb), ResBlock(16, 16, 32, resample="up")(x, emb)
     assert torch.allclose(down, x.unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean(dim=(3, 5)), atol=1e-6)
     assert torch.equal(up, x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
+def test_a_refiner_sees_over_the_edges_of_patches() -> None:
+    """It starts by changing nothing. Then a pixel depends on its neighbours in other patches, without a deep network."""
+    with_one = unet(patch_size=4, channel_mult=[1], num_res_blocks=0, refine_channels=6)
+    without = unet(patch_size=4, channel_mult=[1], num_res_blocks=0)
+    shared = without.state_dict()
+    for value in shared.values():
+        value.add_(0.1 * torch.randn_like(value))
+    without.load_state_dict(shared)
+    assert all(name.startswith("refiner.") for name in with_one.load_state_dict(shared, strict=False).missing_keys)
+    x, t = rand(2, 3, 16, 16), torch.tensor([3, 900])
+    assert torch.equal(with_one(x, t), without(x, t))
+    randomised(with_one)
+    first = with_one(x, t)
+    assert not torch.allclose(first, with_one(x, torch.tensor([900, 3])), atol=1e-3)  # it knows the timestep
+    moved = with_one.refiner(torch.zeros(1, 3, 16, 16), rand(1, 3, 16, 16), rand(1, 64))
+    picture = torch.zeros(1, 3, 16, 16)
+    picture[..., 7, 7] = 1
+    changed = with_one.refiner(picture, rand(1, 3, 16, 16), rand(1, 64)) - moved - picture
+    rows = changed[0].abs().amax(dim=(0, 2)).nonzero().flatten()
+    assert (int(rows.min()), int(rows.max())) == (4, 10)
 
 
 def test_attention_sits_where_the_configuration_says() -> None:

@@ -151,6 +151,7 @@ def unet_config_to_diffusers(
         text
         for text, found in (
             ("patch_size is not 1", config.patch_size != 1),
+            ("refine_channels is not 0", config.refine_channels != 0),
             ("resblock_updown is false", not config.resblock_updown),
             ("attention without context", context_dim is None and (any(attends) or middle)),
             ("the middle blocks have no attention", context_dim is not None and not middle),

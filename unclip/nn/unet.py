@@ -2,9 +2,9 @@
 
 Context tokens, where given, are concatenated to the keys and values of every self-attention layer (GLIDE, §2.1;
 unCLIP §2.1).
-`patch_size` folds pixels into channels before the first convolution: the network's top level then runs at
-1/patch_size of
-the image's resolution, which is where small models should spend their compute.
+`patch_size` folds pixels into channels before the first convolution: the network's top level then runs at 1/patch_size
+of the image's resolution, which is where small models should spend their compute. `refine_channels` gives it a few
+convolutions at full resolution behind the last one, over which the patches meet.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from unclip.config import Config
 from unclip.nn.blocks import AttentionBlock, BlockOptions, ContextMemory, ConvResample, ResBlock, group_norm, zeroed
 from unclip.nn.embeddings import timestep_embedding
+from unclip.nn.refiner import Refiner
 from unclip.nn.sparing import may_overwrite
 
 
@@ -41,6 +42,9 @@ class UNetConfig(Config):
     norm_groups: int = Field(32, ge=1, description="groups of every GroupNorm; a narrow layer takes a divisor of it")
     norm_eps: float = Field(1e-5, gt=0)
     patch_size: int = Field(1, ge=1, description="pixels folded into channels by the stem, a side")
+    refine_channels: int = Field(
+        0, ge=0, description="width of three convolutions at the image's own resolution behind the last one; 0: none"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
     checkpoint_activations: bool = False
 
@@ -129,6 +133,8 @@ class UNet(nn.Module):
                 width = out
         self.norm_out = group_norm(width, config.norm_groups, config.norm_eps)
         self.conv_out = zeroed(nn.Conv2d(width, out_channels * config.patch_size**2, 3, padding=1))
+        if config.refine_channels:
+            self.refiner = Refiner(in_channels, out_channels, config.refine_channels, self.embedding_dim)
 
     def forward(
         self,
@@ -157,7 +163,8 @@ class UNet(nn.Module):
         for stage in self.up:
             h = self._run(stage, h, skips.pop(), emb, context, context_mask)
         h = self.conv_out(F.silu(self.norm_out(h), inplace=may_overwrite(h)))
-        return F.pixel_shuffle(h.float(), self.config.patch_size)
+        h = F.pixel_shuffle(h, self.config.patch_size)
+        return (self.refiner(h, x.to(dtype), emb) if self.config.refine_channels else h).float()
 
     def _run(self, module: nn.Module, *inputs: Tensor | ContextMemory | None) -> Tensor:
         if self.config.checkpoint_activations and self.training:
