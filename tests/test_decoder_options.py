@@ -245,6 +245,16 @@ def test_augmented_training_may_start_from_a_plain_decoder(tmp_path: Path) -> No
     assert torch.allclose(fresh(**condition, noise_level=torch.tensor([3, 800])), source(**condition), atol=1e-6)
 
 
+def test_a_refiner_may_be_added_to_a_trained_decoder(tmp_path: Path) -> None:
+    """It too begins by changing nothing."""
+    source = network()
+    save_part(tmp_path / "part", KIND, source.config, source.state_dict())
+    fresh = Decoder(config(unet={**source.config.unet.model_dump(), "refine_channels": 4})).eval()
+    start_from(fresh, tmp_path / "part")
+    condition = inputs()
+    assert torch.equal(fresh(**condition), source(**condition))
+
+
 # ---- low precision -----------------------------------------------------------------------------------------
 
 

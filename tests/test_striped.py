@@ -24,6 +24,7 @@ NETWORKS: dict[str, Any] = {
     "karlo": UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, scale_shift_norm=False),
     "ddpm": UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, resblock_updown=False),
     "patched": UNetConfig(model_channels=16, channel_mult=(1, 1, 2), num_res_blocks=(0, 1, 1), patch_size=4),
+    "refined": UNetConfig(model_channels=16, channel_mult=(1,), num_res_blocks=1, patch_size=2, refine_channels=8),
     "attention": UNetConfig(
         image_size=32, model_channels=16, head_channels=16, channel_mult=(1, 2), num_res_blocks=1,
         attention_resolutions=(16,),
