@@ -31,12 +31,16 @@ LINES = {
 NAMED = {"DATA": "EMOJI", "OTHERS": "OTHERS", "SHAPES": "SHAPES"}
 
 
+class NotNamed(Exception):
+    """The environment does not name what a figure is made from."""
+
+
 def command(name: str) -> list[str]:
-    """The line of a result with what the environment names. SystemExit: it does not name it."""
+    """The line of a result with what the environment names. NotNamed: it does not name it."""
     words = []
     for word in LINES[name].split():
         if word in NAMED and not os.environ.get(NAMED[word]):
-            raise SystemExit(f"{name} needs {NAMED[word]} in the environment; see docs/figures_evaluation.py")
+            raise NotNamed(f"needs {NAMED[word]} in the environment; see docs/figures_evaluation.py")
         words.append(os.environ[NAMED[word]] if word in NAMED else word)
     return words
 

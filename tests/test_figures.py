@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -15,7 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_figures_of_the_process_are_drawn(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "docs" / "figures.py"), "--out", str(tmp_path)]
-    subprocess.run([*command, "--only", "schedules", "variances"], check=True, cwd=ROOT, capture_output=True)
+    unnamed = {name: value for name, value in os.environ.items() if name != "EMOJI"}
+    asked = ["--only", "evaluation_curves", "schedules", "variances"]
+    done = subprocess.run([*command, *asked], cwd=ROOT, capture_output=True, text=True, env=unnamed)
+    assert done.returncode == 1 and "left as it is: evaluation_curves needs EMOJI in the environment" in done.stderr
+    assert not (tmp_path / "evaluation_curves.png").exists()
     for name in ("schedules", "variances"):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert image.width > 300
@@ -35,7 +40,7 @@ def test_the_evaluation_figures_are_those_of_the_page(monkeypatch: pytest.Monkey
         asked = line.replace("DATA", "data/emoji_1024").replace("OTHERS", "data/others")
         assert f"unclip {asked.replace('SHAPES', 'runs/synthetic/model')}" in written, name
     monkeypatch.delenv("EMOJI", raising=False)
-    with pytest.raises(SystemExit, match="eval needs EMOJI in the environment"):
+    with pytest.raises(figures_evaluation.NotNamed, match="needs EMOJI in the environment"):
         figures_evaluation.command("eval")
     monkeypatch.setenv("EMOJI", "my/emoji")
     assert figures_evaluation.command("prior")[2:4] == ["--data", "my/emoji"]

@@ -87,7 +87,7 @@ def test_untrained_blocks_are_the_identity() -> None:
 
 
 def test_a_refiner_sees_over_the_edges_of_patches() -> None:
-    """It starts by changing nothing. Then a pixel depends on its neighbours in other patches, without a deep network."""
+    """It starts by changing nothing. Then a pixel depends on its neighbours in other patches, three pixels far."""
     with_one = unet(patch_size=4, channel_mult=[1], num_res_blocks=0, refine_channels=6)
     without = unet(patch_size=4, channel_mult=[1], num_res_blocks=0)
     shared = without.state_dict()
