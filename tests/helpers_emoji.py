@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "emoji"
-SCRIPTS = ("prepare", "nouns", "phrasings", "scene_drawing", "scenes", "check_scenes", "elsewhere", "measure")
+SCRIPTS = (
+    "prepare", "nouns", "phrasings", "scene_drawing", "scenes", "check_scenes", "elsewhere", "coloured", "measure",
+)  # fmt: skip
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{}</svg>'
 DRAWINGS = [  # (name, group, keywords, what is drawn)
     ("red apple", "Food and drink", ["fruit", "ripe", "healthy"], '<circle cx="8" cy="8" r="7.5" fill="#d21"/>'),

@@ -116,9 +116,14 @@ def background_of(picture: Tensor) -> tuple[str, Tensor]:
     """The named background nearest to the commonest colour at the picture's edges, and that colour itself."""
     ring = torch.cat([picture[:, 0], picture[:, -1], picture[:, :, 0], picture[:, :, -1]], 1)  # (3, N)
     colour = ring.median(dim=1).values
+    return nearest_background(colour), colour
+
+
+def nearest_background(colour: Tensor) -> str:
+    """The name of the background nearest to a colour (3,) in [0, 1]."""
     names = list(BACKGROUNDS)
     table = torch.tensor([BACKGROUNDS[name] for name in names], dtype=torch.float32) / 255
-    return names[int((table - colour).square().sum(1).argmin())], colour
+    return names[int((table - colour).square().sum(1).argmin())]
 
 
 def judge(expected: Scene, background: str, found: Sequence[Found]) -> Verdict:

@@ -9,6 +9,7 @@
   32×32 the named one must be the nearest by mean squared error;
 - prior: cosines between the prior's embedding of a held-out phrasing and the picture's own, or another's;
 - variations: the same test for pictures drawn from each emoji's own embedding; elsewhere: from restyled ones;
+- coloured: whether name and background are right for "a rocket on a blue background", on trained and held-out pairs;
 - scenes: what a picture shows, found by check_scenes.py, against its caption, on trained and held-out combinations;
 - upsamplers: PSNR at 256 and 1024 px from true smaller pictures, against Lanczos.
 """
@@ -26,6 +27,8 @@ from typing import Any
 
 import torch
 from check_scenes import Judge, judge
+from coloured import Coloureds, coloured
+from coloured import judged as judged_coloured
 from elsewhere import STYLES, restyled
 from PIL import Image
 from prepare import PrepareError, plain, read_names, read_rows, render
@@ -33,8 +36,9 @@ from scenes import SIZES, Scene, scene, vocabulary
 from torch import Tensor
 from torch.nn import functional as F
 
+SCENE_NAMES = Path(__file__).with_name("scene_things.txt")
 SAME = 0.004  # root of the mean squared difference, of a range of 2, below which two drawings are one
-FIGURES = ("clip", "names", "phrasings", "prior", "variations", "elsewhere", "scenes", "upsamplers")
+FIGURES = ("clip", "names", "phrasings", "prior", "variations", "elsewhere", "coloured", "scenes", "upsamplers")
 # What is asked of a good model; shown beside what was measured.
 ASKED = {
     "clip.name_to_picture": 0.90, "clip.picture_to_name": 0.90,
@@ -177,6 +181,17 @@ def elsewhere(model: Any, emoji: Emoji, source: Path, settings: Settings) -> dic
     return report | {"identity": sum(report[style] for style in STYLES) / len(STYLES)}
 
 
+def backgrounds(model: Any, emoji: Emoji, source: Path, settings: Settings) -> dict[str, Any]:
+    """Shares of emoji drawn on coloured backgrounds right in emoji, background and both, by split."""
+    eyes, named = Coloureds(source), {emoji.rows[i]["name"] for i in emoji.asked}
+    report = {}
+    for split in ("trained", "held_out"):
+        if asked := [one for one in coloured(source, None, split) if one.name in named][: settings.count or 300]:
+            drawn = sampled(model, [one.captions[0] for one in asked], settings)
+            report[split] = judged_coloured(drawn, asked, eyes)
+    return report
+
+
 def scenes(
     model: Any, source: Path, settings: Settings, only: Sequence[str] | None = None, seed: int = 1
 ) -> dict[str, Any]:
@@ -226,7 +241,7 @@ def upsamplers(model: Any, emoji: Emoji, source: Path, settings: Settings) -> di
 
 
 FROM_PICTURES = {"clip": clip, "names": names, "phrasings": phrasings, "prior": prior, "variations": variations}
-FROM_VECTORS = {"elsewhere": elsewhere, "upsamplers": upsamplers}
+FROM_VECTORS = {"elsewhere": elsewhere, "coloured": backgrounds, "upsamplers": upsamplers}
 
 # ---------------------------------------------------------------- tools
 
@@ -340,7 +355,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--count", type=int, default=0, help="how many a figure, drawn with a fixed seed; 0 for all")
-    parser.add_argument("--names", type=Path, help="file with the names to measure on and to make scenes of")
+    parser.add_argument("--names", type=Path, help="file with the names to measure on")
+    parser.add_argument("--scene-names", type=Path, default=SCENE_NAMES, help="file with the names of scenes' things")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--prior-guidance", type=float)
@@ -361,12 +377,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings(count=args.count, seed=args.seed, options=options)
     try:
         emoji = read_emoji(args.data)
-        only = None
         if args.names:
             only = read_names(args.names, [row["name"] for row in emoji.rows])
             emoji.asked = [index for index, row in enumerate(emoji.rows) if row["name"] in only]
+        things = read_names(args.scene_names, [row["name"] for row in emoji.rows]) if "scenes" in args.figures else None
         model = UnCLIP.from_pretrained(args.model, size=None if "upsamplers" in args.figures else 64)
-        report = measure(model, args.figures, emoji, args.source, settings, scene_names=only)
+        report = measure(model, args.figures, emoji, args.source, settings, scene_names=things)
     except (PrepareError, UnclipError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
