@@ -24,7 +24,6 @@ python examples/emoji/prepare.py --source "$SOURCE" --size 256 --out "$DATA/emoj
 python examples/emoji/prepare.py --source "$SOURCE" --size 256 --captions natural --out "$DATA/emoji_natural"
 python examples/emoji/prepare.py --source "$SOURCE" --size 1024 --out "$DATA/emoji_1024" \
     --names examples/emoji/familiar.txt
-python examples/emoji/coloured.py --source "$SOURCE" --size 128 --out "$DATA/emoji_coloured"
 
 first=$RUNS/clip/model
 clip=$RUNS/clip_natural/model
@@ -43,24 +42,18 @@ stage train_decoder.py --config configs/decoder/emoji_64_last.yaml clip="$first"
 stage train_clip.py --config configs/clip/emoji_natural.yaml init_from="$first" "$natural" \
     train.run_dir="$RUNS/clip_natural"
 stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$natural" train.run_dir="$RUNS/prior"
-sources="{source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}"
-stage train_decoder.py --config configs/decoder/emoji_64_all.yaml clip="$clip" \
-    "data.sources=[$sources]" \
+every="data.sources=[{source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}]"
+stage train_decoder.py --config configs/decoder/emoji_64_all.yaml clip="$clip" "$every" \
     train.run_dir="$RUNS/decoder_all" init_from="$RUNS/decoder_last/model"
-# Coloured backgrounds beside white.
-stage train_prior.py --config configs/prior/emoji_coloured.yaml clip="$clip" \
-    "data.sources=[{source: $DATA/emoji_natural, weight: 1}, {source: $DATA/emoji_coloured, weight: 1}]" \
-    train.run_dir="$RUNS/prior_coloured" init_from="$RUNS/prior/model"
-stage train_decoder.py --config configs/decoder/emoji_64_coloured.yaml clip="$clip" \
-    "data.sources=[$sources, {source: $DATA/emoji_coloured, weight: 3}]" \
-    train.run_dir="$RUNS/decoder_coloured" init_from="$RUNS/decoder_all/model"
+stage train_decoder.py --config configs/decoder/emoji_64_refined.yaml clip="$clip" "$every" \
+    train.run_dir="$RUNS/decoder_refined" init_from="$RUNS/decoder_all/model"
 for size in 64_to_256 256_to_1024; do
     stage train_upsampler.py --config "configs/upsampler/emoji_$size.yaml" "$familiar" \
         train.run_dir="$RUNS/upsampler_${size#*_to_}"
 done
 
 unclip bundle --overwrite --out "$OUT" --name emoji --license Apache-2.0 --clip "$clip" \
-    --prior "$RUNS/prior_coloured/model" --decoder "$RUNS/decoder_coloured/model" \
+    --prior "$RUNS/prior/model" --decoder "$RUNS/decoder_refined/model" \
     --upsampler-256 "$RUNS/upsampler_256/model" --upsampler-1024 "$RUNS/upsampler_1024/model" \
     --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md
 unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_256" --samples 1550
