@@ -3,8 +3,8 @@
     python -m benchmarks cold-start [--runs 5] [--sizes 64 1024] [--model emoji]
 
 Importing torch is the yardstick: nothing that draws a picture can do without it. It takes its turn in every round,
-because machines differ and are shared, and the last column is the median of the rounds' ratios of CPU seconds. What else
-a machine does changes CPU seconds by some tenths, wall seconds by anything.
+because machines differ and are shared, and the last column is the median of the rounds' ratios of CPU seconds. What
+else a machine does changes CPU seconds by some tenths, wall seconds by anything.
 """
 
 from __future__ import annotations

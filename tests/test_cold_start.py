@@ -48,7 +48,7 @@ whole = FrozenCLIP.load("emoji")
 picture = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
 box = torch.tensor([[0.0, 0.0, 2.0, 2.0]] * 2)
 encoder = Encoder(dim=8, depth=1, heads=1, attn_dim_head=8).eval()
-x, mask = torch.ones(1, 3, 8), torch.tensor([[True, True, False]])
+x, mask = torch.linspace(-3, 3, 24).sin().view(1, 3, 8), torch.tensor([[True, True, False]])
 tower = {"embed_dim": 8, "vision_cfg": {"timm_model_name": "test_vit", "image_size": 32}}
 tower["text_cfg"] = {"context_length": 8, "vocab_size": 64, "width": 8, "heads": 1, "layers": 1}
 json.dump({"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -77,8 +77,8 @@ with torch.no_grad():
 
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """`unclip_big`, `unclip_plain` and `unclip_broken`, which count how often they ran; `unclip_kit`, which uses the first
-    and may use `unclip_maybe`.
+    """`unclip_big`, `unclip_plain` and `unclip_broken`, which count how often they ran; `unclip_kit`, which uses the
+    first and may use `unclip_maybe`.
     """
     counts = "import os\nos.environ['RUNS'] = os.environ.get('RUNS', '') + 'x'\n"
     files = {
