@@ -54,7 +54,7 @@ class _Deferred(ModuleType):
     def __getattr__(self, name: str) -> object:
         with _lock:
             if type(self) is _Deferred:
-                self.__class__ = ModuleType
+                self.__class__ = ModuleType  # type: ignore[assignment]
                 assert self.__spec__ is not None and self.__spec__.loader is not None  # as `defer` has seen
                 try:
                     self.__spec__.loader.exec_module(self)
