@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from decoder.config import DecoderConfig
 from decoder.dalle2_unet import Dalle2UNet, Dalle2UNetConfig
+from unclip.nn.embeddings import random_parameter
 
 
 class Dalle2DecoderConfig(DecoderConfig):
@@ -47,9 +48,9 @@ class Dalle2Decoder(nn.Module):
         self.image_to_tokens = nn.Linear(config.embedding_dim, unet.num_image_tokens * unet.cond_dim)
         self.image_to_time = nn.Linear(config.embedding_dim, unet.time_dim) if unet.add_image_to_time else None
         self.text_to_tokens = nn.Linear(unet.text_dim, unet.cond_dim) if unet.text_dim else None
-        self.null_image_tokens = nn.Parameter(torch.randn(unet.num_image_tokens, unet.cond_dim))
-        self.null_image_time = nn.Parameter(torch.randn(unet.time_dim))
-        self.null_tokens = nn.Parameter(torch.randn(unet.max_text_len, unet.cond_dim))
+        self.null_image_tokens = random_parameter(unet.num_image_tokens, unet.cond_dim)
+        self.null_image_time = random_parameter(unet.time_dim)
+        self.null_tokens = random_parameter(unet.max_text_len, unet.cond_dim)
 
     def forward(
         self,

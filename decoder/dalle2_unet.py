@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unclip.config import Config
+from unclip.nn.embeddings import random_parameter
 from unclip.nn.multiquery import GainNorm, MultiQueryAttention, Similarity, attend, sinusoids
 
 CROSS_HEADS, CROSS_HEAD_DIM = 8, 64  # fixed in DALLE2-pytorch
@@ -117,7 +118,7 @@ class CrossAttention(nn.Module):
         inner = CROSS_HEADS * CROSS_HEAD_DIM
         self.similarity = similarity
         self.norm = GainNorm(dim)
-        self.null = nn.Parameter(torch.randn(2, CROSS_HEAD_DIM))
+        self.null = random_parameter(2, CROSS_HEAD_DIM)
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(context_dim, 2 * inner, bias=False)
         self.out = nn.Linear(inner, dim, bias=False)

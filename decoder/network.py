@@ -14,6 +14,7 @@ from unclip.clip import TextFeatures
 from unclip.nn import UNet, timestep_embedding
 from unclip.nn.attention import is_watched
 from unclip.nn.blocks import ContextMemory, zeroed
+from unclip.nn.embeddings import random_parameter
 
 
 class ReadCondition(NamedTuple):
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
             self.register_buffer("null_text_embedding", torch.zeros(config.embedding_dim))
             return
         if config.feature_dim is not None:
-            self.null_text = nn.Parameter(torch.randn(length, config.feature_dim) * 0.02)
+            self.null_text = random_parameter(length, config.feature_dim, std=0.02)
         if config.text_embedding_to_time:
             self.null_text_embedding = nn.Parameter(torch.zeros(config.embedding_dim))
 

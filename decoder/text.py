@@ -13,6 +13,7 @@ from decoder.config import DecoderConfig, GlideText, T5Text
 from decoder.t5 import FrozenT5
 from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.errors import UnclipError
+from unclip.nn.embeddings import random_parameter
 
 
 class TextTransformer(nn.Module):
@@ -30,8 +31,8 @@ class TextTransformer(nn.Module):
         width = config.width
         self.tokens = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        self.positions = nn.Parameter(torch.randn(config.length, width) * 0.01)
-        self.padding = nn.Parameter(torch.randn(config.length, width) * 0.02)
+        self.positions = random_parameter(config.length, width, std=0.01)
+        self.padding = random_parameter(config.length, width, std=0.02)
         self.transformer = Encoder(
             dim=width,
             depth=config.depth,

@@ -12,6 +12,7 @@ from prior.codes import DotProducts, EmbeddingCodes
 from prior.conditioning import TextConditioned, causal_transformer
 from prior.config import AutoregressivePriorConfig
 from unclip.errors import UsageError
+from unclip.nn.embeddings import random_parameter
 
 
 @dataclass
@@ -42,9 +43,9 @@ class AutoregressivePrior(TextConditioned):
         self.codes = EmbeddingCodes(config.embedding_dim, config.components, config.buckets)
         self.dots = DotProducts(config.dot_buckets)
         self.dot_in = nn.Embedding(config.dot_buckets, width)
-        self.null_dot = nn.Parameter(torch.randn(width) * 0.02)
+        self.null_dot = random_parameter(width, std=0.02)
         self.code_in = nn.Embedding(config.buckets, width)
-        self.positions = nn.Parameter(torch.randn(config.text_length + 1 + config.components, width) * 0.02)
+        self.positions = random_parameter(config.text_length + 1 + config.components, width, std=0.02)
         self.transformer = causal_transformer(config)
         self.out = nn.Linear(width, config.buckets)
         for embedding in (self.dot_in, self.code_in):

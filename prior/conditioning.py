@@ -14,6 +14,7 @@ from x_transformers.x_transformers import LayerNorm as BiaslessLayerNorm
 from prior.config import SharedConfig, TextEncoderConfig
 from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
+from unclip.nn.embeddings import random_parameter
 
 _LENGTH_STEP = 8
 
@@ -47,7 +48,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig, token_dim: int, length: int) -> None:
         super().__init__()
         self.token_in = nn.Linear(token_dim, config.width)
-        self.positions = nn.Parameter(torch.randn(length, config.width) * 0.02)
+        self.positions = random_parameter(length, config.width, std=0.02)
         self.transformer = BidirectionalTransformer(**_shape(config))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -74,8 +75,8 @@ class TextConditioned(nn.Module):
         self.text_in = nn.Linear(config.embedding_dim, config.width)
         self.learned_null = config.null_text == "learned"
         if self.learned_null:
-            self.null_tokens = nn.Parameter(torch.randn(config.text_length, config.width) * 0.02)
-            self.null_text = nn.Parameter(torch.randn(config.width) * 0.02)
+            self.null_tokens = random_parameter(config.text_length, config.width, std=0.02)
+            self.null_text = random_parameter(config.width, std=0.02)
         else:
             self.register_buffer("clip_null_tokens", torch.zeros(config.text_length, config.token_dim))
             self.register_buffer("clip_null_mask", torch.zeros(config.text_length, dtype=torch.bool))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from prior.config import SharedConfig
 from unclip.config import DiffusionConfig, SamplerName, StepSpec
+from unclip.nn.embeddings import random_parameter
 from unclip.nn.multiquery import (
     GainNorm,
     KeyValue,
@@ -123,10 +124,10 @@ class Dalle2Prior(nn.Module):
             self.time_in = nn.Sequential(
                 nn.Linear(dim, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, out)
             )
-        self.query = nn.Parameter(torch.randn(dim))
-        self.null_tokens = nn.Parameter(torch.randn(config.max_text_len, dim))
-        self.null_text = nn.Parameter(torch.randn(config.text_embeds, dim))
-        self.null_image = nn.Parameter(torch.randn(dim))
+        self.query = random_parameter(dim)
+        self.null_tokens = random_parameter(config.max_text_len, dim)
+        self.null_text = random_parameter(config.text_embeds, dim)
+        self.null_image = random_parameter(dim)
         self.position_bias = nn.Embedding(32, config.heads)
         self.norm_in = GainNorm(dim) if config.norm_in else nn.Identity()
         self.blocks: Any = nn.ModuleList([Block(config) for _ in range(config.depth)])

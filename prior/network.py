@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prior.conditioning import TextConditioned, causal_transformer
 from prior.config import PriorConfig
 from unclip.nn import timestep_embedding
+from unclip.nn.embeddings import random_parameter
 
 TAIL = 4  # text embedding, timestep, noised image embedding, query
 
@@ -69,8 +70,8 @@ class Prior(TextConditioned):
         width, dim = config.width, config.embedding_dim
         self.time_in = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.image_in = nn.Linear(dim, width)
-        self.query = nn.Parameter(torch.randn(width) * 0.02)
-        self.positions = nn.Parameter(torch.randn(config.text_length + 4, width) * 0.02)
+        self.query = random_parameter(width, std=0.02)
+        self.positions = random_parameter(config.text_length + 4, width, std=0.02)
         self.transformer = causal_transformer(config)
         self.out = nn.Linear(width, dim)
         self.register_buffer("mean", torch.zeros(dim))

@@ -1,4 +1,5 @@
-"""FrozenCLIP: text and image embeddings from any open_clip model. The only module that imports open_clip."""
+"""FrozenCLIP: text and image embeddings from any open_clip model. The only module that imports open_clip,
+with `unclip.clip_library`."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing, resolve_model, write_json
 from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE
+from unclip.clip_library import library_for, library_of
 from unclip.errors import UnclipError, UsageError
 from unclip.text_features import TextFeatures
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
@@ -35,17 +37,16 @@ class FrozenCLIP(nn.Module):
 
     def __init__(self, model: nn.Module, tokenizer: Any, source: str = "a model in memory") -> None:
         super().__init__()
-        import open_clip
-
+        library = library_of(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.source = source
         self.sees = True
-        preprocess = open_clip.model.get_model_preprocess_cfg(model)
+        preprocess = library.model.get_model_preprocess_cfg(model)
         size = preprocess.get("size", 224)
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
-        mean = preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN
-        std = preprocess.get("std") or open_clip.OPENAI_DATASET_STD
+        mean = preprocess.get("mean") or library.constants.OPENAI_DATASET_MEAN
+        std = preprocess.get("std") or library.constants.OPENAI_DATASET_STD
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         tower: Any = model.text if hasattr(model, "text") else model
@@ -73,10 +74,9 @@ class FrozenCLIP(nn.Module):
         Raises UnclipError when nothing of that name can be loaded; pretrained weights that open_clip must download are
         kept in the Hub's cache.
         """
-        import open_clip
-
         logging.getLogger("open_clip").setLevel(logging.ERROR)
         folder = clip_folder(name)
+        library = library_for(folder)
         tokenizer_options: dict[str, Any] = {}
         if folder.is_dir():
             if not (folder / CONFIG_FILE).is_file():
@@ -85,7 +85,7 @@ class FrozenCLIP(nn.Module):
             tokenizer_options = _tokenizer_options(folder)
             identifier = f"local-dir:{folder.resolve()}"
         else:
-            known = open_clip.list_models()
+            known = library.factory.list_models()
             if pretrained is None and "/" in name and name.split("/")[0] in known:
                 name, pretrained = name.split("/", 1)
             if not name.startswith("hf-hub:") and name not in known:
@@ -101,8 +101,8 @@ class FrozenCLIP(nn.Module):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model = open_clip.create_model(identifier, pretrained=pretrained, require_pretrained=True)
-                tokenizer = open_clip.get_tokenizer(identifier, **tokenizer_options)
+                model = library.factory.create_model(identifier, pretrained=pretrained, require_pretrained=True)
+                tokenizer = library.factory.get_tokenizer(identifier, **tokenizer_options)
         except Exception as error:  # open_clip raises whatever its loaders raise
             raise UnclipError(f"the CLIP {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
         clip = cls(model, tokenizer, name).to(device)

@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from unclip import lean
 from unclip.errors import UnclipError
 
 _INTERRUPTED = 130
@@ -23,6 +24,8 @@ _ROOT = Path(__file__).parents[2]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 failure, 2 wrong usage, 130 interrupted."""
+    if argv is None:  # called as the command, and not by a program
+        lean.claim_process()
     debug, arguments = _take_debug(list(sys.argv[1:] if argv is None else argv))
     streams = sys.stdout, sys.stderr
     with _quiet(debug):

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unclip.nn.embeddings import random_parameter
+
 Similarity = Literal["cosine", "scaled", "twice_scaled"]
 """How queries meet keys: 16 · cos(q, k); q·k/√d; or q·k/d, which is what its releases since 1.4.3 compute where cosine
 similarity is off, as they scale the queries twice.
@@ -48,7 +50,7 @@ class MultiQueryAttention(nn.Module):
         super().__init__()
         self.heads, self.similarity = heads, similarity
         self.norm = GainNorm(dim)
-        self.null = nn.Parameter(torch.randn(2, head_dim))
+        self.null = random_parameter(2, head_dim)
         self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
         self.to_kv = nn.Linear(dim, 2 * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
