@@ -59,8 +59,8 @@ def begin_from(network: Decoder, start: Start) -> str | None:
     Where it predicts another quantity (ε, x_0, v), the output layer keeps its fresh zeros: it would put out the wrong
     thing, while the features below it serve as well. An inpainting decoder may start from one that is none: the
     weights of its additional input channels are zero, so that it begins by painting as the other did (GLIDE, §3.3).
-    The same holds for what tells the network the embedding's noise level, and for a refiner. Where one drops captions by learned rows and
-    the other by the CLIP's features of '', see `_null_text`.
+    The same holds for what tells the network the embedding's noise level, and for a refiner. Where one drops captions
+    by learned rows and the other by the CLIP's features of '', see `_null_text`.
     Raises UnclipError: the weights do not fit otherwise.
     """
     before, config, state, own = start.config, network.config, dict(start.state), network.state_dict()
