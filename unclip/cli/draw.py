@@ -45,13 +45,10 @@ class Setting:
     batch_size: int = BATCH
     columns: int = 1  # of the grid
     grid: bool = False
-    tokens: tuple[str, ...] = ()  # files of learned ones
 
     @classmethod
-    def of(
-        cls, series: Series, options: dict[str, Any], columns: int | None = None, tokens: Sequence[str] = ()
-    ) -> Setting:
-        return cls(series, options, series.batch_size, columns or series.num_images, series.grid, tuple(tokens))
+    def of(cls, series: Series, options: dict[str, Any], columns: int | None = None) -> Setting:
+        return cls(series, options, series.batch_size, columns or series.num_images, series.grid)
 
     def load(self) -> UnCLIP:
         """The model, without the upsamplers that the size does not need."""
@@ -64,7 +61,7 @@ class Setting:
             dtype=drawing.torch_dtype,
             size=self.options.get("size"),
             adapters=drawing.adapter or (),
-            tokens=self.tokens,
+            tokens=drawing.token or (),
         )
 
 
@@ -84,7 +81,6 @@ def sample(
     rerank: opt.Rerank = None,
     keep: opt.Keep = None,
     guidance_text: opt.GuidanceText = None,
-    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
@@ -106,7 +102,7 @@ def sample(
     writer = drawing.writer(len(prompts) * kept if kept else len(jobs))
     sampling = options.given(size=size, guidance_text=guidance_text)
     shown = {**sampling, **away}
-    setting = Setting.of(drawing, shown, columns=kept, tokens=token or ())
+    setting = Setting.of(drawing, shown, columns=kept)
     system = setting.load()
     if kept:
         produce_best(prompts, drawing.num_images, kept, drawing.seed, {**sampling, **away}, system, setting, writer)
