@@ -89,7 +89,7 @@ class FrozenAutoencoder(nn.Module):
 
         Raises UnclipError: diffusers has no tiles for this model (VQModel).
         """
-        if not hasattr(self.model, "enable_tiling"):
+        if not hasattr(self.model, "use_tiling"):  # every model has `enable_tiling`, which may only raise
             raise UnclipError(
                 f"the autoencoder {self.source!r} is a {type(self.model).__name__}, which takes pictures whole; leave "
                 "model.latent.tile out"
