@@ -53,8 +53,8 @@ def test_it_goes_when_nobody_uses_it(folders: dict[str, str]) -> None:
 
 
 def test_tiles_agree_with_the_whole(folders: dict[str, str]) -> None:
-    """To the bit where a picture is no larger than a tile, and to 0.05 on average, in [-1, 1], where it is: each tile
-    has norms' statistics and attention of its own.
+    """To the bit where a picture is no larger than a tile. Where it is, to a third of the picture's deviation on average,
+    for random weights and latents of noise: each tile has norms' statistics and attention of its own.
     """
     whole, tiled = open_autoencoder(named(folders["kl"])), open_autoencoder(named(folders["kl"], EDGE))
     generator = torch.Generator().manual_seed(0)
@@ -63,10 +63,9 @@ def test_tiles_agree_with_the_whole(folders: dict[str, str]) -> None:
     assert torch.equal(whole.decode(small), tiled.decode(small))
     expected, found = whole.decode(latents), tiled.decode(latents)
     assert found.shape == expected.shape == (2, 3, 3 * EDGE, 5 * EDGE // 2)
-    apart = (found - expected).abs()
-    assert 0 < apart.mean() < 0.05 < expected.std()
+    assert 0 < (found - expected).abs().mean() < expected.std() / 3
     ours, theirs = tiled.encode(expected), whole.encode(expected)
-    assert ours.shape == theirs.shape and 0 < (ours - theirs).abs().mean() < 0.05 < theirs.std()
+    assert ours.shape == theirs.shape and 0 < (ours - theirs).abs().mean() < theirs.std() / 3
 
 
 def test_a_tile_is_kept_and_checked(folders: dict[str, str]) -> None:
