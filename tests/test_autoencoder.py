@@ -53,7 +53,7 @@ def test_it_goes_when_nobody_uses_it(folders: dict[str, str]) -> None:
 
 
 def test_tiles_agree_with_the_whole(folders: dict[str, str]) -> None:
-    """To the bit where a picture is no larger than a tile. Where it is, to a third of the picture's deviation on average,
+    """To the bit where a picture is no larger than a tile; else to a third of the picture's deviation on average,
     for random weights and latents of noise: each tile has norms' statistics and attention of its own.
     """
     whole, tiled = open_autoencoder(named(folders["kl"])), open_autoencoder(named(folders["kl"], EDGE))
