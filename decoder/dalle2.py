@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoder.config import DecoderConfig
-from decoder.dalle2_unet import Dalle2UNet, Dalle2UNetConfig
+from unclip.nn.dalle2_unet import Dalle2UNet, Dalle2UNetConfig, read_caption
 from unclip.nn.embeddings import random_parameter
 
 
@@ -94,11 +94,7 @@ class Dalle2Decoder(nn.Module):
             time = torch.where(kept[:, None], time, self.null_image_time.to(time.dtype))
         text = None
         if self.text_to_tokens is not None:
-            mask = (text_mask & ~drop_text[:, None])[:, : unet.max_text_len]
-            text = self.text_to_tokens(text_tokens)[:, : unet.max_text_len]
-            missing = unet.max_text_len - text.shape[1]
-            text, mask = F.pad(text, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
-            text = torch.where(mask[..., None], text, self.null_tokens.to(text.dtype))
+            text = read_caption(self.text_to_tokens, self.null_tokens, text_tokens, text_mask & ~drop_text[:, None])
         return Dalle2Condition(time, image, text)
 
     def conditioned(self, x_t: Tensor, t: Tensor, condition: Dalle2Condition) -> Tensor:

@@ -85,6 +85,27 @@ COSINE: dict[str, Any] = {
 }
 """What releases since 1.9 can be asked for beside."""
 
+_ENLARGING = {**_UNET, "cond_on_text_encodings": False}
+CASCADES: dict[str, dict[str, Any]] = {
+    "noised": {
+        "unets": [_UNET, {**_ENLARGING, "memory_efficient": True}],
+        "image_sizes": [8, 16],
+        "timesteps": 40,
+        "learned_variance": [True, True],
+        "use_noise_for_lowres_cond": True,
+        "use_blur_for_lowres_cond": False,
+        "lowres_noise_sample_level": 0.3,
+    },
+    "captioned": {
+        "unets": [_UNET, {**_ENLARGING, "scale_skip_connection": True}, {**_UNET, "self_attn": [False, False]}],
+        "image_sizes": [8, 16, 32],
+        "timesteps": 40,
+        "learned_variance": True,
+        "predict_x_start": [False, True, False],
+    },
+}
+"""Sections `decoder` with enlarging U-Nets: one after another is told of noise; one without a caption, one with it."""
+
 
 def drawn(name: str, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers that hang on a name alone."""
@@ -124,3 +145,17 @@ def image_embedding() -> Tensor:
 
 
 TIMES = torch.tensor([0, 37, 99])
+ENLARGED_TIMES = torch.tensor([0, 13, 39])
+LEVELS = torch.tensor([0, 300, 999])
+
+
+def low_res(size: int) -> Tensor:
+    """What the stage before made, (B, 3, size, size) in [-1, 1]."""
+    return drawn(f"low {size}", (BATCH, 3, size, size)).tanh()
+
+
+def cascade_weights(shapes: Mapping[str, Sequence[int]], tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As `weights`, with outputs so small that a whole chain of steps stays among the numbers."""
+    state = weights(shapes, tables)
+    small = {name for name, value in state.items() if ".to_out.weight" in name and value.ndim == 4}
+    return {name: value * 0.1 if name in small else value for name, value in state.items()}

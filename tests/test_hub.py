@@ -11,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from helpers_karlo import SIZE, make_karlo
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -20,6 +22,7 @@ from unclip.bundle import read_manifest, resolve_model
 from unclip.errors import UnclipError, UsageError
 from unclip.pipeline import UnCLIP
 from unclip.publishing import model_card, push_to_hub
+from unclip.upscaling import Upscaler
 
 SHA, OLD = "a" * 40, "b" * 40
 Run = Callable[..., tuple[int, str, str]]
@@ -293,6 +296,32 @@ def test_bad_pushes_have_a_sentence(fake: FakeHub, tmp_path: Path, tiny_bundle: 
     fake.down = ConnectionError("no route")
     with pytest.raises(UnclipError, match="user/new could not be written: no route"):
         push_to_hub(tiny_bundle, "user/new")
+
+
+def test_upscaling_takes_the_upsampler_alone_of_a_foreign_repository(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither fetched nor converted is anything but the super-resolution."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "converted"))
+    source = make_karlo(tmp_path / "karlo")
+    fake.add("user/karlo", source)
+    capsys.readouterr()
+    model = Upscaler.from_pretrained("user/karlo", device="cpu")
+    weights = {name.split("/")[0] for name in fake.fetched if name.endswith(".safetensors")}
+    assert weights == {"super_res_first", "super_res_last"}
+    assert [stage.config.high_size for stage in model.upsamplers] == [4 * SIZE]
+    told = capsys.readouterr().err
+    assert "downloading user/karlo" in told and "converting the upsampler of" in told
+    count = len(fake.fetched)
+    Upscaler.from_pretrained("user/karlo", device="cpu")
+    assert len(fake.fetched) == count and "converting" not in capsys.readouterr().err
+    local = Upscaler.from_pretrained(source, device="cpu")
+    for name, tensor in local.upsamplers[0].network.state_dict().items():
+        assert torch.equal(tensor, model.upsamplers[0].network.state_dict()[name])
+    file = source / "super_res_first" / "config.json"
+    file.write_text(file.read_text().replace("UNet2DModel", "Another"))
+    with pytest.raises(UnclipError, match="holds a 'Another', expected a 'UNet2DModel'"):
+        Upscaler.from_pretrained(source, device="cpu")
 
 
 def test_what_is_downloaded_of_a_foreign_repository() -> None:

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unclip.bundle import read_json, write_json
@@ -31,6 +33,21 @@ class LatentConfig(Config):
     factor: int = Field(8, ge=1, description="pixels a latent's side")
     scale: float = Field(0.18215, gt=0, description="brings latents to about unit variance")
     shift: float = 0.0
+    tile: int | None = Field(
+        None,
+        ge=1,
+        description="edge in pixels of the overlapping tiles that an AutoencoderKL reads and makes larger pictures in; "
+        "null: pictures whole",
+    )
+
+    @model_validator(mode="after")
+    def _tiles_are_whole(self) -> LatentConfig:
+        if self.tile is not None and "factor" in self.model_fields_set and self.tile % (4 * self.factor):
+            raise ValueError(
+                f"tile {self.tile} is no multiple of {4 * self.factor} pixels: a quarter of a tile overlaps the next, "
+                "by whole latents"
+            )
+        return self
 
 
 class AutoencoderFacts(NamedTuple):
@@ -65,6 +82,22 @@ class FrozenAutoencoder(nn.Module):
             raise UnclipError(f"the autoencoder {name!r} cannot be loaded: {_reason(error)}") from error
         return cls(model.float(), _facts(config), name).to(device)
 
+    def in_tiles(self, edge: int) -> None:
+        """Read and make pictures larger than `edge` pixels in tiles of it, which overlap by a quarter and are blended
+        there: memory grows with the tile and no more with the picture. Each tile has norms' statistics and attention of
+        its own, so that a tiled picture is near the whole one and not the same.
+
+        Raises UnclipError: diffusers has no tiles for this model (VQModel).
+        """
+        if not hasattr(self.model, "use_tiling"):  # every model has `enable_tiling`, which may only raise
+            raise UnclipError(
+                f"the autoencoder {self.source!r} is a {type(self.model).__name__}, which takes pictures whole; leave "
+                "model.latent.tile out"
+            )
+        self.model.enable_tiling()
+        self.model.tile_sample_min_size = edge
+        self.model.tile_latent_min_size = edge // self.facts.factor
+
     @classmethod
     def without_weights(cls, name: str) -> FrozenAutoencoder:
         """Of its shape, with whatever a new one has, for planning. Raises as `load`."""
@@ -95,8 +128,18 @@ class FrozenAutoencoder(nn.Module):
 
 
 def open_autoencoder(latent: LatentConfig, device: torch.device | str = "cpu") -> FrozenAutoencoder:
-    """The autoencoder of a network in latents. UnclipError: it cannot be loaded, or has other latents."""
-    found = FrozenAutoencoder.load(latent.name, device)
+    """The autoencoder of a network in latents. While one of the same files, or of the same Hub id, is in use on the
+    device, it is that one, and not another copy in memory. UnclipError: it cannot be loaded, or has other latents.
+    """
+    key = (torch.device(device), latent.tile)
+    there = [(one, stamps) for one, (where, stamps) in _open.items() if where == key]
+    found = next((one for one, stamps in there if _same(one, stamps, latent.name)), None)
+    if found is None:
+        stamps = _stamps(latent.name)
+        found = FrozenAutoencoder.load(latent.name, device)
+        if latent.tile is not None:
+            found.in_tiles(latent.tile)
+        _open[found] = (key, stamps)
     own = (latent.channels, latent.factor, latent.scale, latent.shift)
     if tuple(found.facts) != own:
         raise UnclipError(
@@ -108,7 +151,7 @@ def open_autoencoder(latent: LatentConfig, device: torch.device | str = "cpu") -
 
 def with_facts(latent: LatentConfig) -> LatentConfig:
     """The same with what its autoencoder decides. Raises UnclipError as `FrozenAutoencoder.load`."""
-    return LatentConfig(name=latent.name, **FrozenAutoencoder.facts_of(latent.name)._asdict())
+    return LatentConfig(name=latent.name, tile=latent.tile, **FrozenAutoencoder.facts_of(latent.name)._asdict())
 
 
 def check_latent(latent: LatentConfig | None, variance: str, network: str) -> None:
@@ -151,6 +194,34 @@ def carry(body: dict[str, Any], source: Path, target: Path) -> dict[str, Any]:
     for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json"))):
         shutil.copyfile(file, target / CARRIED / file.name)
     return {**body, "config": {**body["config"], "latent": {**named, "name": CARRIED}}}
+
+
+Stamps = dict[Path, tuple[int, int]]
+_open: WeakKeyDictionary[FrozenAutoencoder, tuple[tuple[torch.device, int | None], Stamps]] = WeakKeyDictionary()
+"""Those in use: device and tile, and the files that each was read from with their sizes and times."""
+
+
+def _stamps(name: str) -> Stamps:
+    """Of an autoencoder's files in a folder; none for a Hub id."""
+    folder = Path(name).expanduser()
+    kinds = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    files = sorted(file for kind in kinds for file in folder.glob(kind))
+    return {file.resolve(): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
+
+
+def _same(one: FrozenAutoencoder, read: Stamps, name: str) -> bool:
+    """Whether a loaded autoencoder is what `name` means now: the same Hub id, the same files, or copies of them, such
+    as the parts of a bundle carry.
+    """
+    asked = _stamps(name)
+    if not asked or not read:
+        return one.source == name and not asked and not read
+    if asked == read:
+        return True
+    if _stamps(one.source) != read:  # its files were changed since; the copy in memory is of the old ones
+        return False
+    sizes = [[(file.name, size) for file, (size, _) in some.items()] for some in (asked, read)]
+    return sizes[0] == sizes[1] and all(filecmp.cmp(a, b, shallow=False) for a, b in zip(asked, read, strict=True))
 
 
 def _config(name: str) -> dict[str, Any]:

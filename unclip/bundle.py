@@ -211,22 +211,24 @@ def resolve_model(
     name: str | Path,
     revision: str | None = None,
     parts: Callable[[Path], Sequence[str]] | None = None,
+    upsamplers_alone: bool = False,
 ) -> Path:
     """The folder of a model: the bundled name, an existing folder, or a Hub id 'user/name' or 'user/name@revision',
     which is downloaded into the Hub's cache (unclip.hub.fetch).
 
     `parts` reads a bundle's folder without weights and names the parts that are wanted; those of others stay on the
-    Hub.
+    Hub. With `upsamplers_alone` the same holds for somebody else's checkpoint, which then becomes an upsampler's part
+    where it is not converted as a whole yet.
     """
     text, folder = str(name), Path(name).expanduser()
     if text == BUNDLED and not (folder / MANIFEST).is_file():
         return _MODELS / BUNDLED
     hub = None if folder.exists() else parse_name(text, revision)
     if hub is not None:
-        folder = fetch(hub, chosen=lambda described: _weights_of(described, parts))
+        folder = fetch(hub, chosen=lambda described: _weights_of(described, parts, upsamplers_alone))
     elif not folder.is_dir() or not any(folder.iterdir()):
         return folder
-    return folder if (folder / MANIFEST).is_file() else _converted(folder)
+    return folder if (folder / MANIFEST).is_file() else _converted(folder, upsamplers_alone)
 
 
 def resolve_described(name: str | Path) -> tuple[Path, Remote | None]:
@@ -240,24 +242,34 @@ def resolve_described(name: str | Path) -> tuple[Path, Remote | None]:
     return (resolve_model(name), None) if remote is None else (folder, remote)
 
 
-def _weights_of(described: Path, parts: Callable[[Path], Sequence[str]] | None) -> Sequence[str]:
-    """Patterns of what is wanted beside descriptions: a bundle's parts, or all of somebody else's checkpoint."""
+def _weights_of(
+    described: Path, parts: Callable[[Path], Sequence[str]] | None, upsamplers_alone: bool
+) -> Sequence[str]:
+    """Patterns of what is wanted beside descriptions: a bundle's parts, or of somebody else's checkpoint all, or what
+    its upsamplers need.
+    """
     if not (described / MANIFEST).is_file():
-        return CHECKPOINT
+        found: Sequence[str] = _importers("upsampler_files")(described) if upsamplers_alone else ()
+        return found or CHECKPOINT
     if parts is None:
         return EVERYTHING
     inside: dict[str, str] = read_manifest(described)["parts"]
     return [f"{inside[part]}/*.safetensors" for part in parts(described) if part in inside]
 
 
-def _converted(folder: Path) -> Path:
-    """A bundle made of somebody else's checkpoint, from the cache; what is no such checkpoint comes back as it is.
-
-    The importers stand above this module, and take it as their ground; so they are named, not imported.
+def _converted(folder: Path, upsamplers_alone: bool) -> Path:
+    """A bundle made of somebody else's checkpoint, from the cache, or its upsampler; what is no such checkpoint comes
+    back as it is.
     """
+    found: Path = _importers("upsampler_of" if upsamplers_alone else "bundle_of")(folder)
+    return found
+
+
+def _importers(name: str) -> Callable[[Path], Any]:
+    """They stand above this module, and take it as their ground; so they are named, not imported."""
     from pkgutil import resolve_name
 
-    found: Path = resolve_name("unclip.interop.direct:bundle_of")(folder)
+    found: Callable[[Path], Any] = resolve_name(f"unclip.interop.direct:{name}")
     return found
 
 

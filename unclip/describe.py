@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from unclip import __version__
 from unclip.autoencoder import CARRIED, LatentConfig
-from unclip.bundle import MANIFEST, read_config, read_manifest, read_part_json, resolve_described
+from unclip.bundle import MANIFEST, read_manifest, read_part_json, resolve_described
 from unclip.config import parse_config
 from unclip.errors import UnclipError
 from unclip.hub import EVERYTHING, Remote, matching, read_shapes
@@ -143,7 +143,7 @@ def _defaults(part: str, folder: Path) -> dict[str, Any]:
     """How the part samples unless told otherwise."""
     from decoder import read_decoder_config
     from prior import AutoregressivePriorConfig, read_prior_config
-    from upsamplers import UpsamplerConfig
+    from upsamplers import read_upsampler_config
 
     if part == "prior":
         prior = read_prior_config(folder)
@@ -155,7 +155,7 @@ def _defaults(part: str, folder: Path) -> dict[str, Any]:
         decoder = read_decoder_config(folder)
         return {"steps": decoder.steps, "guidance": decoder.guidance, "sampler": decoder.sampler}
     if part.startswith("upsampler"):
-        upsampler = read_config(folder, "upsampler", UpsamplerConfig)
+        upsampler = read_upsampler_config(folder)
         return {"steps": upsampler.steps, "sampler": upsampler.sampler}
     return {}
 

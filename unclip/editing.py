@@ -205,7 +205,7 @@ class Editing(Stages):
         sampler = sdedit(small, get_sampler(chosen.sampler or config.sampler))
         own = {**chosen.of_decoder(), "sampler": sampler, "steps": steps, "callback": heard("decoder", progress)}
         pictures = self._timed("decoder", partial(self.decoder.sample, embedding, seeds, text=text, **own))
-        return self._finish(self._enlarge(pictures, seeds, chosen, progress), output)
+        return self._finish(self._enlarge(pictures, seeds, chosen, progress, text), output)
 
     # ---- inside ----------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Editing(Stages):
             for reached in self.sizes:
                 if reached > size:
                     break
-                drawn = self._enlarge(drawn, seeds, replace(options, size=reached), progress)
+                drawn = self._enlarge(drawn, seeds, replace(options, size=reached), progress, text)
                 # What is known comes from the picture itself, so that the next stage sees no seam. Greys blend once, at
                 # the end: to the model they are to be painted.
                 drawn = torch.where(repainted_cells(alpha, reached) > 0, drawn, resize(known, reached))

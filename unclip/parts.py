@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip.adapters import merge_adapter, parse_adapter, read_adapter, sizes_fit
-from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_config, read_manifest, resolve_model
+from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP
 from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
@@ -66,6 +66,7 @@ def check_fit(
             )
     reached = decoder.config.image_size
     for stage in upsamplers:
+        problems += _reading(stage, clip, decoder)
         if stage.config.low_size != reached:
             problems.append(
                 f"an upsampler takes {stage.config.low_size} px, the stage before it makes {reached} px"
@@ -73,6 +74,21 @@ def check_fit(
         reached = stage.config.high_size
     if problems:
         raise UnclipError("the parts of this model do not fit together: " + "; ".join(problems))
+
+
+def _reading(stage: UpsamplerStage, clip: FrozenCLIP, decoder: DecoderStage) -> list[str]:
+    """What is wrong with the captions that an upsampler reads; none of the paper's kind reads any."""
+    config, made = stage.config, stage.config.high_size
+    if config.text_dim is None:
+        return []
+    if decoder.config.text.kind != "clip":
+        return [f"the upsampler to {made} px reads the CLIP's token features, the decoder {decoder.config.text.kind}'s"]
+    if config.text_dim != clip.token_dim:
+        return [
+            f"the CLIP's token features have {clip.token_dim} dimensions, the upsampler to {made} px takes "
+            f"{config.text_dim}"
+        ]
+    return []
 
 
 def apply_adapters(
@@ -101,12 +117,12 @@ def apply_adapters(
 def bundle_sizes(folder: Path, parts: dict[str, str]) -> tuple[int, ...]:
     """Edges in pixels that a bundle can make, read from its configurations alone."""
     from decoder import read_decoder_config
-    from upsamplers import UpsamplerConfig
+    from upsamplers import read_upsampler_config
 
     sizes = [read_decoder_config(folder / parts["decoder"]).image_size]
     for part in PARTS[3:]:
         if part in parts:
-            sizes.append(sizes[-1] * read_config(folder / parts[part], "upsampler", UpsamplerConfig).factor)
+            sizes.append(sizes[-1] * read_upsampler_config(folder / parts[part]).factor)
     return tuple(sizes)
 
 

@@ -113,7 +113,9 @@ class Reranking(Stages):
         for start in range(0, len(best), batch_size):
             some = best[start : start + batch_size]
             pixels = torch.stack([one.pixels for one in some]).to(self.device)
-            images = self._finish(self._enlarge(pixels, [one.seed for one in some], options, progress), "pil")
+            caption = self._read_by_upsamplers(text, len(some))
+            drawn = self._enlarge(pixels, [one.seed for one in some], options, progress, caption)
+            images = self._finish(drawn, "pil")
             for rank, (one, image) in enumerate(zip(some, images, strict=True), start + 1):
                 kept.append(Ranked(image, text, rank, one.score, one.seed))
         return kept

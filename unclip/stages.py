@@ -197,12 +197,19 @@ class Stages:
                 embedding, seeds, text=text, callback=heard("decoder", progress), **options.of_decoder(), **away
             ),
         )
-        return self._enlarge(images, seeds, options, progress)
+        return self._enlarge(images, seeds, options, progress, text)
 
     def _enlarge(
-        self, images: Tensor, seeds: list[int], options: SampleOptions, progress: Progress | None
+        self,
+        images: Tensor,
+        seeds: list[int],
+        options: SampleOptions,
+        progress: Progress | None,
+        text: TextFeatures | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, S, S) of one of the model's sizes through the upsamplers, up to the wanted size."""
+        """Pictures (B, 3, S, S) of one of the model's sizes through the upsamplers, up to the wanted size; `text` is
+        their captions, for an upsampler that reads them.
+        """
         size = self.check_size(options.size)
         for stage in self.upsamplers:
             if images.shape[-1] >= size:
@@ -212,9 +219,15 @@ class Stages:
             name = f"upsampler_{stage.config.high_size}"
             told = heard(name, progress)
             limit = to_bytes(options.memory_limit)
-            draw = partial(stage.sample, images, seeds, options.upsampler_steps, told, memory_limit=limit)
+            draw = partial(stage.sample, images, seeds, options.upsampler_steps, told, memory_limit=limit, text=text)
             images = self._timed(name, draw)
         return images
+
+    def _read_by_upsamplers(self, prompt: str, count: int) -> TextFeatures | None:
+        """A prompt's features for `count` pictures that are enlarged, where an upsampler reads them."""
+        if all(stage.config.text_dim is None for stage in self.upsamplers):
+            return None
+        return self._timed("clip", lambda: self.embed_text([prompt] * count))  # type: ignore[no-any-return]
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
         """Run one stage and add up its time. Networks other than CLIP run in `dtype`; parameters and the samplers'

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_config, read_manifest, resolve_model
+from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
 from unclip.errors import UnclipError, UsageError
 from unclip.inputs import check_seeds, resolve_device, to_bytes
 
@@ -183,7 +183,8 @@ class Upscaler(Upscaling):
         size: int | None = None,
         revision: str | None = None,
     ) -> Upscaler:
-        """The upsamplers of a bundle up to `size`, or one upsampler by itself: the `model` folder of a run.
+        """The upsamplers of a bundle up to `size`, or one upsampler by itself: the `model` folder of a run, or that of
+        a Karlo in diffusers' layout, of which nothing else is fetched or converted.
 
         Raises UnclipError: no such folder, weights damaged, no such device; UsageError: no upsampler in it, or none
         that makes `size`.
@@ -191,7 +192,9 @@ class Upscaler(Upscaling):
         from upsamplers import UpsamplerStage
         from upsamplers.upscale import check_reach
 
-        folder = resolve_model(name, revision, parts=lambda described: _upsamplers_for(described, size))
+        folder = resolve_model(
+            name, revision, lambda described: _upsamplers_for(described, size), upsamplers_alone=True
+        )
         place = resolve_device(device)
         if (folder / "config.json").is_file() and not (folder / MANIFEST).is_file():
             stages = [UpsamplerStage.load(folder, place)]
@@ -209,11 +212,11 @@ def _upsamplers_for(folder: Path, size: int | None) -> list[str]:
     """The upsamplers of a bundle without which it cannot upscale to `size`; all for None, and for a size it does not
     make.
     """
-    from upsamplers import UpsamplerConfig
+    from upsamplers import read_upsampler_config
 
     parts: dict[str, str] = read_manifest(folder)["parts"]
     made = {
-        part: read_config(folder / parts[part], "upsampler", UpsamplerConfig).high_size
+        part: read_upsampler_config(folder / parts[part]).high_size
         for part in PARTS[3:]
         if part in parts
     }

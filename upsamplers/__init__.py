@@ -11,27 +11,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
     from upsamplers.corruption import corrupt
+    from upsamplers.dalle2 import Dalle2Upsampler, Dalle2UpsamplerConfig
     from upsamplers.network import Upsampler
     from upsamplers.objective import upsampler_loss
-    from upsamplers.sampling import UpsamplerStage
+    from upsamplers.sampling import UpsamplerStage, read_upsampler_config
     from upsamplers.upscale import upscale_picture
 
 __all__ = [
+    "Dalle2Upsampler",
+    "Dalle2UpsamplerConfig",
     "Upsampler",
     "UpsamplerConfig",
     "UpsamplerRunConfig",
     "UpsamplerStage",
     "corrupt",
+    "read_upsampler_config",
     "upsampler_loss",
     "upscale_picture",
 ]
 
 _HOME = {
+    "Dalle2Upsampler": "dalle2",
+    "Dalle2UpsamplerConfig": "dalle2",
     "Upsampler": "network",
     "UpsamplerConfig": "config",
     "UpsamplerRunConfig": "config",
     "UpsamplerStage": "sampling",
     "corrupt": "corruption",
+    "read_upsampler_config": "sampling",
     "upsampler_loss": "objective",
     "upscale_picture": "upscale",
 }

@@ -144,6 +144,16 @@ class UpsamplerConfig(Config):
         return own if self.condition == "latent" else own // gcd(own, self.factor)
 
     @property
+    def condition_process(self) -> DiffusionConfig:
+        """The process whose noise `noise_augmentation` gives to the condition."""
+        return self.diffusion
+
+    @property
+    def text_dim(self) -> int | None:
+        """Width of the caption's token features that the network reads: none, as in the paper."""
+        return None
+
+    @property
     def last_timestep(self) -> int:
         """The timestep of the last step, which a last-step network is for."""
         return timesteps_from(self.steps, self.diffusion.timesteps, lowest=self.lowest_timestep)[0]
@@ -181,8 +191,10 @@ class UpsamplerConfig(Config):
         if self.last_step_network and count_steps(self.steps) < 2:
             raise ValueError("last_step_network needs steps 2 or more: one step is the first and the last at once")
         largest = self.noise_augmentation or 0
-        if largest > self.diffusion.timesteps:
-            raise ValueError(f"noise_augmentation {largest} is above diffusion.timesteps {self.diffusion.timesteps}")
+        if largest > self.condition_process.timesteps:
+            raise ValueError(
+                f"noise_augmentation {largest} is above diffusion.timesteps {self.condition_process.timesteps}"
+            )
         if self.noise_level > largest:
             raise ValueError(f"noise_level {self.noise_level} is above noise_augmentation ({largest or 'not set'})")
         return self

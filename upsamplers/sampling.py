@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from unclip.autoencoder import FrozenAutoencoder, located, open_autoencoder
-from unclip.bundle import load_network, load_weights, read_config
+from unclip.bundle import load_network, load_weights, read_part_json
+from unclip.config import parse_config
 from unclip.diffusion import (
     GaussianDiffusion,
     SeededNoise,
@@ -25,7 +26,9 @@ from unclip.diffusion import (
 from unclip.diffusion.samplers import Callback
 from unclip.errors import UnclipError, UsageError
 from unclip.nn.storage import StripeMemory, kept_for_reuse
+from unclip.text_features import TextFeatures
 from upsamplers.config import UpsamplerConfig
+from upsamplers.dalle2 import Dalle2Upsampler, Dalle2UpsamplerConfig, enlarge_nearest
 from upsamplers.network import CHANNELS, Upsampler, pad
 
 KIND = "upsampler"
@@ -46,13 +49,18 @@ class UpsamplerStage:
     """
 
     def __init__(
-        self, network: Upsampler, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        network: Upsampler | Dalle2Upsampler,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.network = network.eval().to(device)
-        self.config = network.config
+        self.config: UpsamplerConfig = network.config
         self.process = GaussianDiffusion(self.config.diffusion)
         self.device = torch.device(device)
         self.dtype = dtype
+        own = self.config.condition_process
+        self._condition_process = self.process if own == self.config.diffusion else GaussianDiffusion(own)
         self._autoencoder: FrozenAutoencoder | None = None
 
     @property
@@ -71,12 +79,15 @@ class UpsamplerStage:
     ) -> UpsamplerStage:
         """Read an exported model folder. Raises UnclipError: missing, damaged, weights that do not fit."""
         config = read_upsampler_config(Path(folder))
-        network = load_network(lambda: Upsampler(config), load_weights(Path(folder)), Path(folder))
+        network = load_network(lambda: build_network(config), load_weights(Path(folder)), Path(folder))
         return cls(network, device, dtype)
 
     @classmethod
     def from_network(
-        cls, network: Upsampler, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        network: Upsampler | Dalle2Upsampler,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> UpsamplerStage:
         """Use a network in memory, where it is unless `device` says otherwise; puts it into eval mode."""
         return cls(network, device or next(network.parameters()).device, dtype)
@@ -91,6 +102,7 @@ class UpsamplerStage:
         *,
         noise_level: int | None = None,
         memory_limit: int | None = None,
+        text: TextFeatures | None = None,
     ) -> Tensor:
         """Upsample low_res (B, 3, h, w) in [-1, 1]; a seed gives the same image in any batch.
 
@@ -99,20 +111,18 @@ class UpsamplerStage:
         B where large images are done one after another.
         noise_level: noise added to the condition, in steps of the process; the network is told. For a model trained
         with `noise_augmentation` only.
+        text: captions, for a network that reads them, as some of DALLE2-pytorch do (`config.text_dim`); others take no
+        notice, and one that gets none is told so.
         memory_limit: bytes that an image in work may take beside the weights. Where a whole forward pass takes more,
-        the network runs in stripes (unclip.nn.striped) with the same result, more slowly. Not in latents: their
-        autoencoder takes pictures whole.
+        the network runs in stripes (unclip.nn.striped) with the same result, more slowly. Not in latents, whose
+        autoencoder takes pictures whole, and not for DALLE2-pytorch's networks.
         Raises UnclipError: another shape or type, NaN, values far outside [-1, 1], not one seed an image, steps or
         noise level out of range, a limit that is too small.
         """
         self._check(low_res, seeds)
         level = self.check_noise_level(noise_level)
         reverse = self.process.steps(self.timesteps(steps))
-        if memory_limit is not None and self.config.latent is not None:
-            raise UsageError(
-                "a memory limit is kept by upsamplers in pixels, and this one works in latents, whose autoencoder "
-                "takes pictures whole; leave it out"
-            )
+        memory_of = None if memory_limit is None else self._memory_within(memory_limit)
         factor = self.config.factor
         height, width = factor * low_res.shape[2], factor * low_res.shape[3]
         autoencoder, low_res = self.autoencoder, pad(low_res, self.config.low_multiple)
@@ -120,7 +130,7 @@ class UpsamplerStage:
         edges = (factor * low_res.shape[2] // pixels, factor * low_res.shape[3] // pixels)
         shape = (self.config.channels, *edges)
         chunk = max(1, _PIXELS_AT_ONCE // (height * width)) if memory_limit is None else 1
-        memory = None if memory_limit is None else self._memory(memory_limit, shape)
+        memory = None if memory_of is None else memory_of(shape)
         results: list[Tensor] = []
         chunks = range(0, len(seeds), chunk)
         for index, start in enumerate(chunks):
@@ -129,11 +139,18 @@ class UpsamplerStage:
             part = low_res[start : start + chunk].to(self.device, torch.float32).clamp(-1, 1)
             if autoencoder is not None and self.config.condition == "latent":
                 part = autoencoder.encode(part)
+            if isinstance(self.network, Dalle2Upsampler):  # its condition is noised after it was enlarged
+                part = enlarge_nearest(part, (shape[1], shape[2]))
             condition: dict[str, Tensor | None] = {"low_res": part}
             if self.config.noise_augmentation is not None:
                 # Drawn after x_T, which so depends on the seed alone.
                 drawn = noise(part) if level else torch.zeros_like(part)
-                condition["low_res"], condition["noise_level"] = noise_augment(part, level, drawn, self.process)
+                condition["low_res"], condition["noise_level"] = noise_augment(
+                    part, level, drawn, self._condition_process
+                )
+            if text is not None and self.config.text_dim is not None:
+                own = text[start : start + chunk].to(self.device)
+                condition |= {"text_tokens": own.tokens, "text_mask": own.mask}
             network = partial(self._network, memory=memory)
             clip = clip_from(self.config.diffusion.x_start_clip, static_clip() if autoencoder is None else None)
             denoiser = make_denoiser(network, self.process, condition, clip=clip)
@@ -158,10 +175,11 @@ class UpsamplerStage:
         low_res: Tensor,
         noise_level: Tensor | None = None,
         memory: StripeMemory | None = None,
+        **caption: Tensor,
     ) -> Tensor:
         autocast = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype) if autocast else nullcontext():
-            return self.network(x_t, t, low_res, noise_level, memory)  # type: ignore[no-any-return]
+            return self.network(x_t, t, low_res, noise_level, memory, **caption)  # type: ignore[no-any-return]
 
     def check_noise_level(self, given: int | None) -> int:
         """The level to sample with, the model's own for None. UsageError: the model knows none, or not this one."""
@@ -178,13 +196,29 @@ class UpsamplerStage:
             raise UsageError(f"noise level {level} is out of range; this model knows 0 (none) to {largest}")
         return level
 
-    def _memory(self, limit: int, shape: tuple[int, int, int]) -> StripeMemory | None:
-        """None where a whole forward pass keeps the limit."""
+    def _memory_within(self, limit: int) -> Callable[[tuple[int, int, int]], StripeMemory | None]:
+        """For a shape (C, H, W), where feature maps go; None where a whole forward pass keeps the limit. UsageError:
+        this network keeps none.
+        """
+        if self.config.latent is not None:
+            raise UsageError(
+                "a memory limit is kept by upsamplers in pixels, and this one works in latents, whose autoencoder "
+                "takes pictures whole; leave it out"
+            )
+        network = self.network
+        if isinstance(network, Dalle2Upsampler):
+            raise UsageError(
+                "a memory limit is kept by upsamplers of convolutions, and this one of DALLE2-pytorch's has attention; "
+                "leave it out"
+            )
+        return partial(self._memory, network, limit)
+
+    def _memory(self, network: Upsampler, limit: int, shape: tuple[int, int, int]) -> StripeMemory | None:
         if limit < 1:
             raise UsageError(f"a memory limit of {limit} bytes; expected 1 or more")
-        largest = max(parameter.numel() * 4 for parameter in self.network.parameters())
+        largest = max(parameter.numel() * 4 for parameter in network.parameters())
         beside = _PICTURES * CHANNELS * shape[1] * shape[2] * 4 + _LIBRARY + 2 * largest
-        if self.network.activation_bytes(1, shape[1], shape[2]) * _WHOLE_MARGIN + beside <= limit:
+        if network.activation_bytes(1, shape[1], shape[2]) * _WHOLE_MARGIN + beside <= limit:
             return None
         if limit <= beside:
             raise UnclipError(
@@ -210,11 +244,20 @@ class UpsamplerStage:
             )
 
 
+def build_network(config: UpsamplerConfig) -> Upsampler | Dalle2Upsampler:
+    """The network that a configuration describes, with fresh weights."""
+    return Dalle2Upsampler(config) if isinstance(config, Dalle2UpsamplerConfig) else Upsampler(config)
+
+
 def read_upsampler_config(folder: Path) -> UpsamplerConfig:
-    """The configuration of an upsampler's folder; an autoencoder that the folder carries has its place in it as its
-    name. Raises UnclipError.
+    """The configuration of an upsampler's folder, of the class that its `architecture` names; an autoencoder that the
+    folder carries has its place in it as its name. Raises UnclipError.
     """
-    config = read_config(folder, KIND, UpsamplerConfig)
+    body = read_part_json(folder, KIND)["config"]
+    foreign = isinstance(body, dict) and body.get("architecture") == "dalle2"
+    config = parse_config(
+        Dalle2UpsamplerConfig if foreign else UpsamplerConfig, body, origin=str(folder / "config.json")
+    )
     return config.model_copy(update={"latent": located(config.latent, folder)})
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unclip.bundle import load_weights, read_config
+from unclip.bundle import load_weights
 from unclip.config import parse_config
+from unclip.errors import UnclipError
 from unclip.training.start import Reader, Start, carry_over, inherited, open_start
 from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
+from upsamplers.dalle2 import Dalle2UpsamplerConfig
 from upsamplers.network import Upsampler
 from upsamplers.sampling import KIND, read_upsampler_config
 
@@ -18,12 +20,17 @@ _PARTS = ("upsampler_256", "upsampler_1024")
 
 def read_part(folder: Path) -> tuple[UpsamplerConfig, dict[str, Tensor]]:
     """An upsampler part's configuration and weights."""
-    return read_upsampler_config(folder), load_weights(folder)
+    return read_shape(folder)[0], load_weights(folder)
 
 
 def read_shape(folder: Path) -> tuple[UpsamplerConfig, dict[str, Tensor]]:
-    """As `read_part`, without the weights."""
-    return read_upsampler_config(folder), {}
+    """As `read_part`, without the weights. Raises UnclipError: an upsampler that is only run here."""
+    config = read_upsampler_config(folder)
+    if isinstance(config, Dalle2UpsamplerConfig):
+        raise UnclipError(
+            f"{folder} holds an upsampler of DALLE2-pytorch, which is run here and not trained; start from another"
+        )
+    return config, {}
 
 
 def with_start(
@@ -36,7 +43,7 @@ def with_start(
         return config, None
 
     def wanted(folder: Path) -> bool:
-        return read_config(folder, KIND, UpsamplerConfig).high_size == config.data.image_size
+        return read_upsampler_config(folder).high_size == config.data.image_size
 
     start = open_start(
         config.init_from, KIND, read, foreign=foreign, parts=_PARTS, wanted=wanted, weights=read is read_part

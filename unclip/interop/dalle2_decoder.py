@@ -1,5 +1,5 @@
-"""DALLE2-pytorch's `Decoder` -> our `Dalle2Decoder`: its base U-Net. Those behind it, which enlarge, are left out, and
-named by `left_out`.
+"""DALLE2-pytorch's `Decoder` -> our `Dalle2Decoder`: its base U-Net. Those behind it, which enlarge, are read by
+`unclip.interop.dalle2_upsamplers`, by the same names of tensors and options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from unclip.interop.dalle2 import Dalle2Checkpoint, Era, check_state, era_of, re
 _REFUSED = {
     "self_cond": "self-conditioning",
     "combine_upsample_fmaps": "combined feature maps",
-    "lowres_cond": "a low resolution to start from (it is an upsampler)",
 }
 _HALF = {
     r"project\.(weight|bias)": r"conv.\1",
@@ -53,6 +52,8 @@ _OUTER = {
     r"to_time_hiddens\.1\.(weight|bias)": r"unet.time_in.\1",
     r"to_time_tokens\.0\.(weight|bias)": r"unet.time_tokens.\1",
     r"to_time_cond\.0\.(weight|bias)": r"unet.time_out.\1",
+    r"to_lowres_noise_cond\.1\.(weight|bias)": r"unet.level_in.\1",
+    r"to_lowres_noise_cond\.3\.(weight|bias)": r"unet.level_out.\1",
     r"norm_cond\.(weight|bias)": r"unet.norm_context.\1",
     r"norm_mid_cond\.(weight|bias)": r"unet.norm_middle.\1",
     r"image_to_tokens\.0\.(weight|bias)": r"image_to_tokens.\1",
@@ -120,18 +121,15 @@ def decoder_from_dalle2(
         )
     era = era_of(checkpoint.version, origin)
     unet: dict[str, Any] = dict(told["unets"][0])
-    for name, what in _REFUSED.items():
-        if unet.get(name):
-            raise UnclipError(f"{origin} uses {what} ({name}), which is not supported")
-    tensors = _first_unet(checkpoint.state, origin)
-    state = {_ours(name, origin): tensor.float() for name, tensor in tensors.items()}
+    if unet.get("lowres_cond"):
+        raise UnclipError(f"{origin} begins with an upsampler (lowres_cond), which is not supported")
+    check_options(unet, origin)
+    state = unet_state(checkpoint.state, 0, origin)
     for name in ("null_image_tokens", "null_tokens", "null_image_time"):
         if name not in state:
             raise UnclipError(f"{origin} is no whole decoder of DALLE2-pytorch: what stands for {name} is missing")
-        state[name] = state[name].reshape(state[name].shape[1:])
     if "image_to_tokens.weight" not in state:
         raise UnclipError(f"{origin} does not read image embeddings through a projection of their own; not supported")
-    state = {name: v.flatten() if name.endswith("norm.gain") else v for name, v in state.items()}
     if unet.get("text_embed_dim") is None or not unet.get("cond_on_text_encodings"):
         unet["cond_on_text_encodings"] = False
     ours = parse_config(
@@ -145,17 +143,64 @@ def decoder_from_dalle2(
     return ours, state
 
 
-def left_out(checkpoint: Dalle2Checkpoint) -> list[str]:
-    """The U-Nets behind the first, in words: what they enlarge to, and why they stay behind."""
-    told = checkpoint.config or {}
-    named = {int(found[1]) for name in checkpoint.state if (found := re.match(r"unets\.(\d+)\.", name))}
-    sizes = told.get("image_sizes") or []
-    why = "none of the upsamplers here computes what it computes; take one that was trained here"
-    return [
-        f"the enlarging U-Net unets.{number}{f', to {sizes[number]} px' if number < len(sizes) else ''}: {why}"
-        for number in sorted(named | set(range(len(told.get("unets") or []))))
-        if number
-    ]
+def check_options(unet: Mapping[str, Any], origin: str) -> None:
+    """UnclipError: options of a U-Net that change what it computes, and that the network here does not have."""
+    for name, what in _REFUSED.items():
+        if unet.get(name):
+            raise UnclipError(f"{origin} uses {what} ({name}), which is not supported")
+
+
+def unet_state(state: Mapping[str, Tensor], number: int, origin: str) -> dict[str, Tensor]:
+    """The tensors of `unets.number` under our names, float32. UnclipError: it is not there, or has unknown ones."""
+    own = {n.removeprefix(f"unets.{number}."): v for n, v in state.items() if n.startswith(f"unets.{number}.")}
+    if not own:
+        raise UnclipError(
+            f"{origin} holds no U-Net of the first stage (unets.0); it cannot be a decoder by itself"
+            if number == 0
+            else f"{origin} holds no U-Net unets.{number}"
+        )
+    found = {_ours(name, origin): tensor.float() for name, tensor in own.items()}
+    found = {name: v.flatten() if name.endswith("norm.gain") else v for name, v in found.items()}
+    return {name: v.reshape(v.shape[1:]) if name.startswith("null_") else v for name, v in found.items()}
+
+
+def diffusion_of(checkpoint: Dalle2Checkpoint, told: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The process of `unets.number`, as a section of our configuration. UnclipError: one that is not supported."""
+    origin = str(checkpoint.file)
+    learned = at(told.get("learned_variance", True), number, beyond=False)
+    if learned and told.get("learned_variance_constrain_frac"):
+        raise UnclipError(f"{origin} squeezes its learned variance by a sigmoid, which is not supported")
+    asked = at(told.get("beta_schedule"), number)
+    if asked is None and number and number == len(told["unets"]) - 1:
+        asked = "linear"  # of the last of several; cosine before it
+    table = checkpoint.state.get(f"noise_schedulers.{number}.betas")
+    schedule, timesteps = schedule_of(table, asked if table is None or told.get("beta_schedule") else None, origin)
+    if table is None:
+        timesteps = told.get("timesteps") or timesteps
+    prediction = "epsilon"
+    if at(told.get("predict_x_start"), number):
+        prediction = "x_start"
+    if at(told.get("predict_v"), number):
+        prediction = "v"
+    clip = None
+    if told.get("use_dynamic_thres"):
+        clip = {"kind": "dynamic", "percentile": told.get("dynamic_thres_percentile", 0.95)}
+    return {
+        "schedule": schedule,
+        "timesteps": timesteps,
+        "prediction": prediction,
+        "variance": "learned_range" if learned else "fixed_small",
+        "x_start_clip": clip,
+    }
+
+
+def at(value: Any, number: int, beyond: Any = None) -> Any:
+    """An option of `unets.number`: DALLE2-pytorch takes one for all, or a list of one each. `beyond`: that of those
+    which an option given once or a shorter list is not for; None: one for all.
+    """
+    if isinstance(value, (list, tuple)):
+        return value[number] if number < len(value) else beyond
+    return value if number == 0 or beyond is None else beyond
 
 
 def _body(
@@ -166,22 +211,9 @@ def _body(
     era: Era,
     text_length: int,
 ) -> dict[str, Any]:
-    origin = str(checkpoint.file)
-    learned = _first(told.get("learned_variance", True))
-    if learned and told.get("learned_variance_constrain_frac"):
-        raise UnclipError(f"{origin} squeezes its learned variance by a sigmoid, which is not supported")
-    schedule, timesteps = schedule_of(
-        checkpoint.state.get("noise_schedulers.0.betas"), _first(told.get("beta_schedule")), origin
-    )
     dim = state["image_to_tokens.weight"].shape[1]
-    shape = _shape(unet, state, era)
-    shape["image_size"] = _first(told.get("image_sizes")) or told.get("image_size") or 64
-    prediction = (
-        "v" if _first(told.get("predict_v")) else "x_start" if _first(told.get("predict_x_start")) else "epsilon"
-    )
-    clip = None
-    if told.get("use_dynamic_thres"):
-        clip = {"kind": "dynamic", "percentile": told.get("dynamic_thres_percentile", 0.95)}
+    shape = shape_of(unet, state, era)
+    shape["image_size"] = at(told.get("image_sizes"), 0) or told.get("image_size") or 64
     return {
         "version": era.version,
         "embedding_dim": dim,
@@ -192,19 +224,13 @@ def _body(
         "drop_embedding": told.get("image_cond_drop_prob", 0.1),
         "drop_text": told.get("text_cond_drop_prob", 0.5),
         "unet": shape,
-        "diffusion": {
-            "schedule": schedule,
-            "timesteps": timesteps,
-            "prediction": prediction,
-            "variance": "learned_range" if learned else "fixed_small",
-            "x_start_clip": clip,
-        },
-        "steps": _first(told.get("sample_timesteps")) or 100,
+        "diffusion": diffusion_of(checkpoint, told, 0),
+        "steps": at(told.get("sample_timesteps"), 0) or 100,
         "guidance": 2.0,
     }
 
 
-def _shape(unet: Mapping[str, Any], state: Mapping[str, Tensor], era: Era) -> dict[str, Any]:
+def shape_of(unet: Mapping[str, Any], state: Mapping[str, Tensor], era: Era) -> dict[str, Any]:
     """Its Unet's options -> ours; sizes that the tensors tell come from them."""
     levels = len(unet.get("dim_mults", (1, 2, 4, 8)))
 
@@ -247,13 +273,6 @@ def _shape(unet: Mapping[str, Any], state: Mapping[str, Tensor], era: Era) -> di
     }
 
 
-def _first_unet(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    own = {n.removeprefix("unets.0."): v for n, v in state.items() if n.startswith("unets.0.")}
-    if not own:
-        raise UnclipError(f"{origin} holds no U-Net of the first stage (unets.0); it cannot be a decoder by itself")
-    return own
-
-
 def _ours(name: str, origin: str) -> str:
     """One tensor's name."""
     for pattern, ours in _OUTER.items():
@@ -278,7 +297,3 @@ def _placed(template: str, found: re.Match[str]) -> str:
     for number, value in enumerate(found.groups(), 1):
         filled = filled.replace(f"{{{number}}}", value)
     return filled
-
-
-def _first(value: Any) -> Any:
-    return (value[0] if value else None) if isinstance(value, (list, tuple)) else value

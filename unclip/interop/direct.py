@@ -1,6 +1,6 @@
 """Somebody else's checkpoint used as if it were a bundle: converted when it is first named, then taken from the cache.
 
-unclip.bundle.resolve_model asks `bundle_of` for whatever is no bundle itself.
+unclip.bundle.resolve_model asks `bundle_of` for whatever is no bundle itself, and `upsampler_of` for upscaling alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any
 
 from unclip.bundle import MANIFEST
 from unclip.interop.detect import convert, detect, recognised
-from unclip.interop.karlo import ConvertOptions
+from unclip.interop.karlo import ConvertOptions, DiffusersKarlo, write_part
+
+_UPSAMPLER = ("super_res_first", "super_res_last", "super_res_scheduler")  # folders of diffusers' layout
 
 
 def bundle_of(folder: Path) -> Path:
@@ -35,6 +37,29 @@ def cached(folders: Sequence[Path]) -> Path:
         print(f"unclip: converting {names} into {out}, once", file=sys.stderr)
         with Told() as told:
             convert(folders, out, ConvertOptions(name=folders[0].absolute().name, overwrite=True), told)
+    return out
+
+
+def upsampler_files(described: Path) -> list[str]:
+    """Patterns of the weights that upscaling needs of a checkpoint whose descriptions lie here; none where its layout
+    does not set them apart.
+    """
+    if not (described / _UPSAMPLER[0] / "config.json").is_file():
+        return []
+    return [f"{name}/*.safetensors" for name in _UPSAMPLER if (described / name).is_dir()]
+
+
+def upsampler_of(folder: Path) -> Path:
+    """An upsampler's part made of somebody else's checkpoint, from the cache; the whole bundle where that is there
+    already, or where nothing less can be read. Raises UnclipError: the upsampler is damaged.
+    """
+    if not upsampler_files(folder) or (cache_folder() / _key([folder]) / MANIFEST).is_file():
+        return bundle_of(folder)
+    digest = _key([folder / name for name in _UPSAMPLER])[-16:]
+    out = cache_folder() / f"{folder.resolve().name[:40]}-upsampler-{digest}"
+    if not out.is_dir():
+        print(f"unclip: converting the upsampler of {folder} into {out}, once", file=sys.stderr)
+        write_part(DiffusersKarlo([folder]), "upsampler_256", out)
     return out
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decoder import DecoderConfig
+from decoder import read_decoder_config
 from prior import PriorConfig, read_prior_config
-from unclip.bundle import read_config, read_json, read_manifest, replacing, resolve_model, write_json
+from unclip.bundle import read_json, read_manifest, replacing, resolve_model, write_json
 from unclip.clip import CONFIG_FILE, IMAGE_ENCODER
 from unclip.errors import UnclipError, UsageError
 from unclip.interop.clip_part import WEIGHTS
@@ -27,7 +27,7 @@ from unclip.interop.super_resolution import upsampler_to_diffusers
 from unclip.interop.tensors import check_shapes, read_tensors
 from unclip.interop.vocabulary import read_bpe, write_tokenizer
 from unclip.upscaling import Progress
-from upsamplers import UpsamplerConfig
+from upsamplers import read_upsampler_config
 
 TEXT, VARIATIONS = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
 LAST_RELEASE = "0.37.1"
@@ -121,7 +121,11 @@ def _config(part: str, folder: Path) -> Any:
         if not isinstance(config, PriorConfig):
             raise UnclipError("prior: kind is 'autoregressive'; diffusers' PriorTransformer is a diffusion prior")
         return config
-    return read_config(folder, NETWORKS[part][0], DecoderConfig if part == "decoder" else UpsamplerConfig)
+    read = read_decoder_config if part == "decoder" else read_upsampler_config
+    found = read(folder)
+    if getattr(found, "architecture", None) == "dalle2":
+        raise UnclipError(f"{part}: it is one of DALLE2-pytorch's, which diffusers has no network for")
+    return found
 
 
 def _networks(part: str, config: Any, state: Mapping[str, Tensor]) -> dict[str, Model]:

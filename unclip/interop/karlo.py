@@ -23,7 +23,6 @@ from unclip.autoencoder import CARRIED, carry
 from unclip.bundle import (
     FORMAT,
     MANIFEST,
-    read_config,
     read_json,
     read_part_json,
     replacing,
@@ -42,7 +41,7 @@ from unclip.interop.tensors import as_dtype, check_shapes, read_headers, read_te
 from unclip.interop.vocabulary import read_merges
 from unclip.parts import check_fit
 from unclip.upscaling import Progress
-from upsamplers import Upsampler, UpsamplerConfig
+from upsamplers import Upsampler, UpsamplerConfig, read_upsampler_config
 
 SHARD_BYTES = 256 * 2**20  # written through memory, so not larger
 NETWORKS: dict[str, tuple[str, Callable[[Any], torch.nn.Module]]] = {
@@ -194,7 +193,7 @@ def write_bundle(
     sizes = {name: size for name, (_, size) in plans.items()}
     larger = None
     if options.upsampler_1024 is not None:
-        larger = read_config(options.upsampler_1024, "upsampler", UpsamplerConfig)
+        larger = read_upsampler_config(options.upsampler_1024)
     with replacing(out) as temporary:
         _check_space(temporary, sum(sizes.values()))
         total, done = sum(sizes.values()), 0
@@ -218,6 +217,15 @@ def write_bundle(
         write_json(temporary / MANIFEST, {**body, "source": checkpoint.origin()})
     if progress is not None:
         progress("converting", max(1, total // 2**20), max(1, total // 2**20))
+
+
+def write_part(checkpoint: Checkpoint, name: str, out: Path) -> None:
+    """One part of a checkpoint that needs no CLIP, its upsampler, -> the folder `out`. Raises UnclipError: missing,
+    damaged, or not of our network's shape.
+    """
+    _checked(checkpoint, name)
+    config, state = checkpoint.part(name, None, weights=True)
+    save_part(out, NETWORKS[name][0], config, as_dtype(state, None, name), max_shard_bytes=SHARD_BYTES)
 
 
 def check_free(out: Path, overwrite: bool) -> None:

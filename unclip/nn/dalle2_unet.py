@@ -1,5 +1,7 @@
-"""The base U-Net of DALLE2-pytorch, for its checkpoints: ResNet blocks whose first half is followed by cross-attention
-to condition tokens, self-attention or linear attention a level, skips from every block. It knows nothing of schedules.
+"""The U-Net of DALLE2-pytorch, for its checkpoints: ResNet blocks whose first half is followed by cross-attention to
+condition tokens, self-attention or linear attention a level, skips from every block. It knows nothing of schedules.
+
+Its decoder's base network and its enlarging networks are this one; the latter see a low-resolution picture beside x_t.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ class Dalle2UNetConfig(Config):
     skip_scale: float = 1.0
     shuffle_up: bool = Field(True, description="pixel shuffle; false: nearest neighbours and a convolution")
     final_kernel: int = Field(1, ge=1)
+    low_res: bool = Field(False, description="an enlarging network: a low-resolution picture beside x_t")
+    low_res_noise: bool = Field(False, description="told how much noise that picture carries (Imagen, §2.4)")
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Dalle2UNetConfig:
@@ -68,6 +72,22 @@ class Dalle2UNetConfig(Config):
     def time_dim(self) -> int:
         """Width of the timestep embedding."""
         return 4 * self.dim
+
+    @property
+    def multiple(self) -> int:
+        """What the edges of a picture must be divisible by."""
+        return 2 ** (len(self.dim_mults) - (0 if self.memory_efficient else 1))
+
+
+def read_caption(project: nn.Linear, null: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """A caption's features (B, L, D) -> condition tokens (B, N, C), `null` (N, C) in the place of what the mask (B, L)
+    leaves out and of what is missing to N.
+    """
+    mask, length = mask[:, : len(null)], len(null)
+    text = project(tokens)[:, :length]
+    missing = length - text.shape[1]
+    text, mask = F.pad(text, (0, 0, 0, missing)), F.pad(mask, (0, missing), value=False)
+    return torch.where(mask[..., None], text, null.to(text.dtype))
 
 
 class StandardisedConv(nn.Conv2d):
@@ -204,7 +224,9 @@ class LinearAttention(nn.Module):
 
 
 class Dalle2UNet(nn.Module):
-    """x (B, 3, H, W), t (B,), tokens that the levels see, tokens that the middle sees in addition -> (B, out, H, W)."""
+    """x (B, 3, H, W), t (B,), tokens that the levels see, tokens that the middle sees in addition -> (B, out, H, W).
+    An enlarging network also takes a picture (B, 3, H, W), already enlarged, and how much noise it carries.
+    """
 
     def __init__(self, config: Dalle2UNetConfig, out_channels: int) -> None:
         super().__init__()
@@ -212,10 +234,14 @@ class Dalle2UNet(nn.Module):
         dim, groups = config.dim, config.resnet_groups
         first = config.init_dim or dim
         widths = [first, *(dim * mult for mult in config.dim_mults)]
-        self.init = ParallelConvs(3, first, config.init_kernels, 1)
+        beside = 3 if config.low_res else 0
+        self.init = ParallelConvs(3 + beside, first, config.init_kernels, 1)
         self.time_in = nn.Linear(dim, config.time_dim)
         self.time_tokens = nn.Linear(config.time_dim, config.num_time_tokens * config.cond_dim)
         self.time_out = nn.Linear(config.time_dim, config.time_dim)
+        if config.low_res_noise:
+            self.level_in = nn.Linear(dim, config.time_dim)
+            self.level_out = nn.Linear(config.time_dim, config.time_dim)
         self.norm_context = nn.LayerNorm(config.cond_dim)
         self.norm_middle = nn.LayerNorm(config.cond_dim)
         self.init_block = ResBlock(config, first, first, groups[0]) if config.memory_efficient else None
@@ -234,7 +260,7 @@ class Dalle2UNet(nn.Module):
         for level, (dim_in, dim_out) in reversed(list(enumerate(pairs))):
             self.ups.append(self._up(level, dim_in, dim_out, skips[level]))
         self.final = ResBlock(config, dim + first, dim, groups[0])
-        self.out = nn.Conv2d(dim, out_channels, config.final_kernel, padding=config.final_kernel // 2)
+        self.out = nn.Conv2d(dim + beside, out_channels, config.final_kernel, padding=config.final_kernel // 2)
 
     def _attention(self, dim: int, level: int) -> nn.Module:
         if self.config.self_attn[level]:
@@ -282,15 +308,30 @@ class Dalle2UNet(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, t: Tensor, time: Tensor | None, image_tokens: Tensor, text_tokens: Tensor | None
+        self,
+        x: Tensor,
+        t: Tensor,
+        time: Tensor | None,
+        image_tokens: Tensor | None,
+        text_tokens: Tensor | None,
+        low_res: Tensor | None = None,
+        level: Tensor | None = None,
     ) -> Tensor:
-        """`time` (B, 4·dim) is added to the timestep embedding; tokens (B, N, C) and (B, L, C)."""
+        """`time` (B, 4·dim) is added to the timestep embedding; tokens (B, N, C) and (B, L, C); low_res (B, 3, H, W)
+        and level (B,), as the configuration asks for them.
+        """
         config = self.config
+        if low_res is not None:
+            x = torch.cat([x, low_res], dim=1)
         x = first = self.init(x)
         wave = F.gelu(self.time_in(sinusoids(t, config.dim).to(x.dtype)))
         embedding = self.time_out(wave)
         embedding = embedding if time is None else embedding + time
-        tokens = torch.cat([self.time_tokens(wave).unflatten(1, (config.num_time_tokens, -1)), image_tokens], dim=1)
+        if level is not None:
+            told = F.gelu(self.level_in(sinusoids(level, config.dim).to(x.dtype)))
+            embedding = embedding + self.level_out(told)
+        tokens = self.time_tokens(wave).unflatten(1, (config.num_time_tokens, -1))
+        tokens = tokens if image_tokens is None else torch.cat([tokens, image_tokens], dim=1)
         context = self.norm_context(tokens)
         middle = self.norm_middle(tokens if text_tokens is None else torch.cat([tokens, text_tokens], dim=1))
         if self.init_block is not None:
@@ -310,4 +351,5 @@ class Dalle2UNet(nn.Module):
             for block in up["blocks"]:
                 x = block(torch.cat([x, skips.pop() * config.skip_scale], dim=1), embedding, context)
             x = up["after"](up["attention"](x))
-        return self.out(self.final(torch.cat([x, first], dim=1), embedding, context)).float()  # type: ignore[no-any-return]
+        x = self.final(torch.cat([x, first], dim=1), embedding, context)
+        return self.out(x if low_res is None else torch.cat([x, low_res], dim=1)).float()  # type: ignore[no-any-return]
