@@ -53,6 +53,7 @@ class SourceConfig(Config):
     image_column: str | None = None
     caption_column: str | None = None
     key_column: str | None = None
+    low_column: str | None = None
 
 
 class DataConfig(Config):
@@ -71,6 +72,14 @@ class DataConfig(Config):
     caption_column: str | None = None
     key_column: str | None = Field(
         None, description="what names a sample for good; by default __key__, key, or the image's path or content"
+    )
+    low_column: str | None = Field(
+        None,
+        description="for an upsampler: the column of low-resolution pictures that it sees in the place of the image "
+        "reduced, such as a decoder's own; a sample without one sees the image reduced",
+    )
+    low_size: int | None = Field(
+        None, ge=1, description="edge of those pictures, pixels; an upsampler's run sets it to model.low_size"
     )
     filter: FilterConfig = FilterConfig()
     holdout: float = Field(
@@ -99,17 +108,34 @@ class DataConfig(Config):
     def _consistent(self) -> DataConfig:
         if self.crop_size is not None and self.crop_size > self.image_size:
             raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
+        self._check_low()
         if self.sources and self.source != "synthetic":
             raise ValueError(f"both source ({self.source!r}) and sources are named; expected one of them")
         if self.part == "validation" and self.holdout == 0:
             raise ValueError("part is validation, but holdout is 0, so that nothing is kept back for it")
         return self
 
+    def _check_low(self) -> None:
+        if not self.has_low:
+            return
+        if self.low_size is not None and self.image_size % self.low_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of low_size {self.low_size}")
+        if self.augment or self.restyle:
+            raise ValueError(
+                "augment and restyle change the image and not the picture of low_column, which would no longer be of "
+                "it; leave them out"
+            )
+
+    @property
+    def has_low(self) -> bool:
+        """Whether a source has low-resolution pictures of its own."""
+        return self.low_column is not None or any(one.low_column is not None for one in self.sources)
+
     def each(self) -> list[tuple[DataConfig, float]]:
         """The sources one by one, each as a configuration of its own, with their weights."""
         if not self.sources:
             return [(self, 1.0)]
-        fields = ("source", "split", "streaming", "image_column", "caption_column", "key_column")
+        fields = ("source", "split", "streaming", "image_column", "caption_column", "key_column", "low_column")
         result = []
         for one in self.sources:
             given = {name: value for name in fields if (value := getattr(one, name)) is not None}

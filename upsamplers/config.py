@@ -260,6 +260,17 @@ class UpsamplerRunConfig(Config):
             raise ValueError(f"crop_fraction {fraction} asks for crops of {crop} pixels, data.crop_size for {given}")
         return {**body, "data": {**data, "crop_size": crop}}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _low_size(cls, body: Any) -> Any:
+        """The pictures of data.low_column have the edge of the model's condition."""
+        model, data = (body.get("model", {}), body.get("data")) if isinstance(body, dict) else ({}, None)
+        if not isinstance(data, dict) or data.get("low_size") is not None:
+            return body
+        usual = None if body.get("init_from") else 64  # the checkpoint has it; the run fills it in again
+        size = model.low_size if isinstance(model, UpsamplerConfig) else model.get("low_size", usual)
+        return {**body, "data": {**data, "low_size": size}}
+
     @model_validator(mode="after")
     def _sizes_agree(self) -> UpsamplerRunConfig:
         if self.init_from is not None and not {"high_size", "low_size"} <= self.model.model_fields_set:
@@ -268,6 +279,8 @@ class UpsamplerRunConfig(Config):
             raise ValueError(
                 f"data.image_size is {self.data.image_size}, expected model.high_size {self.model.high_size}"
             )
+        if self.data.low_size not in (None, self.model.low_size):
+            raise ValueError(f"data.low_size is {self.data.low_size}, expected model.low_size {self.model.low_size}")
         crop = self.data.crop_size or self.data.image_size
         if crop % self.model.factor:
             raise ValueError(f"data.crop_size {crop} is not divisible by the factor {self.model.factor}")

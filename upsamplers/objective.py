@@ -35,19 +35,29 @@ def upsampler_loss(
     """Losses of a batch, each (B,), `loss` being the one to minimise (unCLIP, App. C).
 
     `batch["image"]` (B, 3, S, S) in [-1, 1] are crops of high-resolution images, S divisible by the factor; `pair`
-    makes of them what the network sees, with the `autoencoder` of one in latents. Otherwise as `pair_loss`.
+    makes of them what the network sees, with the `autoencoder` of one in latents. Where `batch["has_low"]` (B,), it
+    sees `batch["low"]` (B, 3, S/factor, S/factor) as it is, such as the decoder's own picture. Otherwise as
+    `pair_loss`.
     """
-    x_start, low_res = pair(batch["image"], config, generator, autoencoder)
+    x_start, low_res = pair(batch["image"], config, generator, autoencoder, batch.get("low"), batch.get("has_low"))
     return pair_loss(network, process, config, x_start, low_res, generator, last_step_share)
 
 
 def pair(
-    images: Tensor, config: UpsamplerConfig, generator: torch.Generator, autoencoder: Encoder | None = None
+    images: Tensor,
+    config: UpsamplerConfig,
+    generator: torch.Generator,
+    autoencoder: Encoder | None = None,
+    low: Tensor | None = None,
+    has_low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """High-resolution images (B, 3, S, S) in [-1, 1] -> x_0, themselves or their latents, and the condition: made from
-    them by an antialiased reduction and the configured corruption, as an image or encoded in its turn.
+    them by an antialiased reduction and the configured corruption, or given as `low` (B, 3, S/factor, S/factor) where
+    `has_low` (B,); as an image or encoded in its turn.
     """
     low_res = make_condition(images, config, generator)
+    if low is not None and has_low is not None:
+        low_res = torch.where(has_low[:, None, None, None], low.to(low_res), low_res)
     if autoencoder is None:
         return images, low_res
     return autoencoder.encode(images), low_res if config.condition == "image" else autoencoder.encode(low_res)

@@ -85,6 +85,8 @@ def _preview(config: UpsamplerRunConfig) -> Any:
     batch = fixed_batch(config.data, _PREVIEWS, seed=config.train.seed + 1)
     truth = batch["image"]
     low_res = downsample(truth, config.model)
+    if "low" in batch:
+        low_res = torch.where(batch["has_low"][:, None, None, None], batch["low"], low_res)
 
     def sample(network: nn.Module) -> Image.Image:
         assert isinstance(network, Upsampler)

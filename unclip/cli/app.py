@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from unclip.cli import convert, draw, edit, evaluate, film, inspect, manipulate, probe
+from unclip.cli.drafts import drafts
 from unclip.cli.embed import embed
 from unclip.cli.fit_pca import fit_pca
 from unclip.cli.groups import ungrouped
@@ -104,6 +105,7 @@ _PANELS: tuple[Panel, ...] = (
         "Models and training",
         {
             embed: None,
+            drafts: None,
             inspect.bundle: None,
             merge: None,
             convert.convert: None,

@@ -20,7 +20,23 @@ def random_crop(image: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     """Cut a square of `size` pixels out of (3, H, W), all offsets equally likely. Returns a view."""
     top = int(rng.integers(image.shape[1] - size + 1))
     left = int(rng.integers(image.shape[2] - size + 1))
+    return _square(image, top, left, size)
+
+
+def _square(image: Tensor, top: int, left: int, size: int) -> Tensor:
     return image[:, top : top + size, left : left + size]
+
+
+def random_paired_crop(
+    image: Tensor, low: Tensor, size: int, factor: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Cut a square of `size` pixels, a multiple of `factor`, out of (3, H, W) and the same out of the picture
+    `factor` times smaller, (3, H/factor, W/factor); all whole pixels of the smaller equally likely. Returns views.
+    """
+    small = size // factor
+    top = int(rng.integers(low.shape[1] - small + 1))
+    left = int(rng.integers(low.shape[2] - small + 1))
+    return _square(image, factor * top, factor * left, size), _square(low, top, left, small)
 
 
 def random_flip(image: Tensor, rng: np.random.Generator) -> Tensor:

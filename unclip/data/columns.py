@@ -39,15 +39,20 @@ class Columns:
     score: tuple[str, ...] | None
     others: tuple[str, ...]  # __key__ and __error__, where there are such
     decoded_by_datasets: tuple[str, ...]
+    low: tuple[str, ...] | None = None  # of the low-resolution picture
 
     @property
     def top_level(self) -> list[str]:
-        nested = [path[0] for path in (self.caption, self.key, self.score) if path is not None]
+        nested = [path[0] for path in (self.caption, self.key, self.score, self.low) if path is not None]
         return list(dict.fromkeys([*self.images, *nested, *self.others]))
 
     def image_of(self, example: Mapping[str, Any]) -> Any:
         """What the image column holds: bytes, a path, a dictionary of both, or None."""
         return next((value for name in self.images if (value := example.get(name)) is not None), None)
+
+    def low_of(self, example: Mapping[str, Any]) -> Any:
+        """What the column of low-resolution pictures holds, as `image_of`."""
+        return None if self.low is None else _at(example, self.low)
 
     def captions(self, example: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
         """The captions of an example, none where it has none, and how many were no UTF-8 text."""
@@ -91,7 +96,9 @@ def find_columns(dataset: Any, example: Mapping[str, Any], config: DataConfig) -
 
     source = config.source
     features: Mapping[str, Any] = dataset.features if dataset.features is not None else example
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    low = config.low_column
+    pictures = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    typed = [name for name in pictures if name != low]
     images: tuple[str, ...] = (_pick(config.image_column, list(features), typed, _IMAGES, "image", source),)
     if "__key__" in features and config.image_column is None:
         images += tuple(name for name in typed if name != images[0])
@@ -101,6 +108,8 @@ def find_columns(dataset: Any, example: Mapping[str, Any], config: DataConfig) -
     score, key = config.filter.score_column, config.key_column
     if score is not None:
         _pick(score, list(texts), [], (), "score", source)
+    if low is not None:
+        _pick(low, [*texts, *pictures], [], (), "low-resolution picture", source)
     if key is not None:
         _pick(key, list(texts), [], (), "key", source)
     else:
@@ -115,7 +124,8 @@ def find_columns(dataset: Any, example: Mapping[str, Any], config: DataConfig) -
         key=path(key),
         score=path(score),
         others=tuple(name for name in ("__key__", "__error__") if name in features),
-        decoded_by_datasets=tuple(name for name in images if name in typed),
+        decoded_by_datasets=tuple(name for name in (*images, low) if name in pictures),
+        low=path(low),
     )
 
 

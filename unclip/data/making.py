@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unclip.config import DataConfig
-from unclip.data.augment import augment_batch, random_crop, random_flip
+from unclip.data.augment import augment_batch, random_crop, random_flip, random_paired_crop
 from unclip.data.embeddings import holds_embeddings
 from unclip.data.images import ImageError, Unwanted, to_float
 from unclip.data.order import IndexOrder, MixedOrder, Order, Sample
@@ -27,14 +27,21 @@ from unclip.errors import UnclipError, UsageError
 _MOST_BROKEN_IN_A_ROW = 10_000
 _DECODING_THREADS = 8
 
+_Decoded = tuple[Row, Tensor | None, Tensor | None]  # the row, its pixels, its low-resolution picture
+
 
 class Batch(TypedDict, total=False):
     """What a stage's loss function receives: image (B, 3, S, S) in [-1, 1] and B captions. From stored embeddings
     come, of the CLIP's own length, image_embedding (B, E) and text_embedding (B, E), and token features `tokens`
     (B, L, D) in half precision with their `mask` (B, L); the images are there where they were stored.
+
+    With data.low_column, `low` (B, 3, s, s) in [-1, 1] is the low-resolution picture of the same crop, zeros where
+    `has_low` (B,) says that the sample has none.
     """
 
     image: Tensor
+    low: Tensor
+    has_low: Tensor
     caption: list[str]
     image_embedding: Tensor
     text_embedding: Tensor
@@ -59,6 +66,10 @@ class Maker:
         self._batch_size = batch_size
         self._broken_in_a_row = 0
         self._skipped_since: int | None = None  # epoch in which the last usable sample was followed by skipped ones
+        if config.has_low and config.low_size is None:
+            raise UsageError(
+                "data.low_column names low-resolution pictures, which only upsamplers are conditioned on; leave it out"
+            )
         # Files that cannot be opened are every part's; the first one counts them.
         counted = self.tally if part == 0 else Tally()
         sources = open_sources(config, counted) if sources is None else sources
@@ -78,6 +89,7 @@ class Maker:
     def make(self) -> tuple[Batch, dict[str, Any]]:
         """The next batch, and the state after it."""
         images: list[Tensor] = []
+        lows: list[Tensor | None] = []
         captions: list[str] = []
         features: list[dict[str, np.ndarray]] = []
         rngs: list[np.random.Generator] = []
@@ -87,7 +99,7 @@ class Maker:
                 if isinstance(result, (ImageError, Unwanted)):
                     self._skip(sample, result)
                     continue
-                row, pixels = result
+                row, pixels, low = result
                 self._broken_in_a_row, self._skipped_since = 0, None
                 rng = np.random.default_rng((sample.seed, sample.epoch, *sample.place))
                 number = int(rng.integers(len(row.captions)))
@@ -95,22 +107,27 @@ class Maker:
                 rngs.append(rng)
                 if pixels is not None:
                     images.append(pixels)
+                    lows.append(low)
                 if row.features is not None:
                     features.append(row.features(number))
         batch: Batch = {"caption": captions}
         if images:
-            batch["image"] = self._finish(images, rngs)
+            if self._config.has_low:
+                batch |= self._finish_pairs(images, lows, rngs)
+            else:
+                batch["image"] = self._finish(images, rngs)
         for name in features[0] if features else ():
             batch[name] = torch.from_numpy(np.stack([one[name] for one in features]))  # type: ignore[literal-required]
         return batch, self.state_dict()
 
-    def _decode(self, samples: list[Sample]) -> list[tuple[Row, Tensor | None] | ImageError | Unwanted]:
-        """The row and its uint8 (3, image_size, image_size), or why there is none."""
+    def _decode(self, samples: list[Sample]) -> list[_Decoded | ImageError | Unwanted]:
+        """The row, its uint8 (3, image_size, image_size) and its low-resolution picture, or why there is none."""
         config = self._config
 
-        def decode(sample: Sample) -> tuple[Row, Tensor | None] | ImageError | Unwanted:
+        def decode(sample: Sample) -> _Decoded | ImageError | Unwanted:
             try:
-                return decode_row(sample.row, config, config.image_size)
+                row, pixels = decode_row(sample.row, config, config.image_size)
+                return row, pixels, row.low(config.low_size) if row.low is not None and config.low_size else None
             except (ImageError, Unwanted) as error:
                 return error
 
@@ -134,6 +151,23 @@ class Maker:
             images = [random_flip(image, rng) for image, rng in zip(images, rngs, strict=True)]
         stacked = torch.stack(images)
         return stacked if stacked.is_floating_point() else to_float(stacked)
+
+    def _finish_pairs(self, images: list[Tensor], lows: list[Tensor | None], rngs: list[np.random.Generator]) -> Batch:
+        """Images and low-resolution pictures under the same changes; crops begin at whole pixels of the latter."""
+        assert self._config.low_size is not None
+        factor = self._config.image_size // self._config.low_size
+        crop = self._config.crop_size or self._config.image_size
+        nothing = torch.zeros((3, self._config.low_size, self._config.low_size), dtype=torch.uint8)
+        pairs = []
+        for image, low, rng in zip(images, lows, rngs, strict=True):
+            pair = random_paired_crop(image, nothing if low is None else low, crop, factor, rng)
+            if self._config.horizontal_flip and rng.random() < 0.5:
+                pair = pair[0].flip(2), pair[1].flip(2)
+            pairs.append(pair)
+        has_low = torch.tensor([low is not None for low in lows])
+        picture = torch.stack([image for image, _ in pairs])
+        small = to_float(torch.stack([low for _, low in pairs])) * has_low[:, None, None, None]
+        return {"image": to_float(picture), "low": small, "has_low": has_low}
 
     def _skip(self, sample: Sample, reason: ImageError | Unwanted) -> None:
         if self._skipped_since is None:

@@ -118,7 +118,8 @@ class IndexOrder:
         fresh = {}
         for index, row in zip(missing, self._source.rows(missing), strict=True):
             pixels = None if row.pixels is None else _Remembered(row.pixels)
-            fresh[index] = replace(row, pixels=pixels)
+            low = None if row.low is None else _Remembered(row.low)
+            fresh[index] = replace(row, pixels=pixels, low=low)
             self._cache[index] = replace(fresh[index], encoded=False)
         return [fresh.get(index) or self._cache[index] for index in indices]
 

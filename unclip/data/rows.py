@@ -31,6 +31,7 @@ class Row:
     score: float | None = None
     error: str | None = None  # a sample, or the rest of a shard, that could not be read
     features: Callable[[int], dict[str, np.ndarray]] | None = None  # number of the caption → CLIP's features
+    low: Callable[[int], Tensor] | None = None  # the low-resolution picture, as `pixels`
 
     def identity(self) -> str:
         """The key, or a hash of the content, which stays when shards are cut anew."""
@@ -108,6 +109,9 @@ def row_of(
     """The row of what `datasets` gives for one sample."""
     value = columns.image_of(example)
     path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
+    low = columns.low_of(example)
+    if isinstance(low, dict) and all(low.get(part) is None for part in ("bytes", "path")):
+        low = None
     key = columns.key_of(example)
     name = str(path or example.get("__key__") or fallback)
     if key is None and path:
@@ -124,6 +128,7 @@ def row_of(
         content=partial(_content, value, captions),
         score=columns.score_of(example),
         error=f"{name}: {error}" if error is not None else None,
+        low=None if low is None else partial(_pixels, low, base, f"the low-resolution picture of {name}", None),
     )
 
 

@@ -172,10 +172,12 @@ def open_source(config: DataConfig, tally: Tally | None = None) -> Rows | Shards
     if config.streaming and config.cache:
         raise UsageError("data.cache keeps a small set in memory and data.streaming reads a large one; set one of them")
     if config.source == "synthetic":
+        _refuse_low(config, "scenes are drawn, and have")
         scenes = SyntheticRows(config)
         return _cut(scenes) if config.streaming else scenes
     embeddings = find_embeddings(config)
     if embeddings is not None:
+        _refuse_low(config, "stored embeddings have")
         return CutRows(embeddings, embeddings.lengths) if config.streaming else embeddings
     dataset, base, names = load_source(config, tally)
     columns = find_columns(dataset, _first_example(dataset, config), config)
@@ -187,6 +189,11 @@ def open_source(config: DataConfig, tally: Tally | None = None) -> Rows | Shards
     if not config.streaming:
         return TableRows(dataset, columns, base, config.filter)
     return StreamShards(_with_raw_captions(dataset, columns), columns, base, config.filter, names)
+
+
+def _refuse_low(config: DataConfig, what: str) -> None:
+    if config.low_column is not None:
+        raise UsageError(f"data.low_column is {config.low_column!r}, but {what} no such pictures; leave it out")
 
 
 def _cut(source: Rows) -> CutRows:
