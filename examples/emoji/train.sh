@@ -52,9 +52,24 @@ for size in 64_to_256 256_to_1024; do
         train.run_dir="$RUNS/upsampler_${size#*_to_}"
 done
 
-unclip bundle --overwrite --out "$OUT" --name emoji --license Apache-2.0 --clip "$clip" \
-    --prior "$RUNS/prior/model" --decoder "$RUNS/decoder_refined/model" \
-    --upsampler-256 "$RUNS/upsampler_256/model" --upsampler-1024 "$RUNS/upsampler_1024/model" \
-    --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md
+bundle() {
+    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$clip" --prior "$RUNS/prior/model" \
+        --decoder "$RUNS/decoder_refined/model" --example-prompts examples/emoji/familiar.txt \
+        --card examples/emoji/model_card.md "$@"
+}
+
+# The first upsampler goes on with the decoder's own drawings.
+drafts() {
+    [ -d "$2" ] || unclip drafts --model "$RUNS/draws" --data "$1" --out "$2" --samples "$3"
+}
+bundle --out "$RUNS/draws"
+drafts "$DATA/emoji_natural" "$DATA/emoji_drafts" 3100
+drafts "$DATA/emoji_1024" "$DATA/emoji_drafts_familiar" 1320
+pairs="data.sources=[{source: $DATA/emoji_drafts, low_column: draft, weight: 2},"
+pairs+=" {source: $DATA/emoji_drafts_familiar, low_column: draft, weight: 2}, {source: $DATA/emoji_1024, weight: 1}]"
+stage train_upsampler.py --config configs/upsampler/emoji_64_to_256_drafts.yaml "$pairs" \
+    train.run_dir="$RUNS/upsampler_256_drafts" init_from="$RUNS/upsampler_256/model"
+
+bundle --out "$OUT" --upsampler-256 "$RUNS/upsampler_256_drafts/model" --upsampler-1024 "$RUNS/upsampler_1024/model"
 unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_256" --samples 1550
 python examples/emoji/evaluate.py --data "$DATA/emoji_256" --model "$OUT" --names 0 --sheet "$RUNS/sheet.png"
