@@ -17,6 +17,7 @@ COMMANDS = {
     "embeddings": ("embeddings", "a prior's step from stored embeddings, beside the CLIP in the loop"),
     "training-loop": ("training_loop", "the training loop's throughput beside a bare PyTorch loop"),
     "karlo": ("karlo", "the pipeline of a small Karlo beside diffusers 0.37.1 in an environment of its own"),
+    "conversion": ("conversion", "the peak memory of converting a Karlo of either layout, beside the weights' size"),
     "kills": ("kills", "a run that is killed over and over, beside one that is left alone"),
     "digits": ("digits", "a whole system trained on handwritten digits, judged, beside dalle2-pytorch's"),
 }

@@ -28,8 +28,10 @@ FAST: dict[str, Any] = {"prior_steps": 8, "decoder_steps": 8, "upsampler_steps":
 """Fewer steps of a better solver: 8 + 8 + 3 in the place of 25 + 25 + 7."""
 
 
-def build(folder: Path, out: Path) -> int:
-    """A bundle of random networks of Karlo's shape at `folder`, and its export at `out`; returns the parameters."""
+def build(folder: Path, out: Path, times: int = 1) -> int:
+    """A bundle of random networks of Karlo's shape at `folder`, and its export at `out`; returns the parameters.
+    `times` as wide, and so about the square of it as large.
+    """
     import torch
 
     from decoder import Decoder, DecoderConfig
@@ -59,8 +61,9 @@ def build(folder: Path, out: Path) -> int:
         parse_config(
             PriorConfig,
             {
-                **shared, "width": 384, "depth": 6, "heads": 6, "attention_bias": True, "norm_bias": True,
-                "clip_range": 5.0, "steps": 25, "guidance": 4.0, "candidates": 1,
+                **shared, "width": 384 * times, "depth": 6, "heads": 6 * times,
+                "attention_bias": True, "norm_bias": True, "clip_range": 5.0, "steps": 25,
+                "guidance": 4.0, "candidates": 1,
             },
         )
     )  # fmt: skip
@@ -70,7 +73,7 @@ def build(folder: Path, out: Path) -> int:
             {
                 **shared, "context_dim": 384, "image_tokens_first": True, "image_tokens_interleaved": True,
                 "text_embedding_to_time": True, "steps": 25, "guidance": 8.0,
-                "unet": {**unet, "image_size": 64, "model_channels": 64, "head_channels": 64,
+                "unet": {**unet, "image_size": 64, "model_channels": 64 * times, "head_channels": 64,
                          "attention_resolutions": [32, 16, 8]},
             },
         )
@@ -79,7 +82,7 @@ def build(folder: Path, out: Path) -> int:
         parse_config(
             UpsamplerConfig,
             {
-                "unet": {**unet, "image_size": 256, "model_channels": 32, "scale_shift_norm": False},
+                "unet": {**unet, "image_size": 256, "model_channels": 32 * times, "scale_shift_norm": False},
                 "corruption": {"kind": "none"}, "last_step_network": True, "clamp_condition": False,
                 "steps": 7, "sampler": "ddpm", "eta": 1.0,
             },

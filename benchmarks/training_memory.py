@@ -25,7 +25,7 @@ from benchmarks.report import give_out
 from benchmarks.shapes import SIZES
 
 NAMES = ("unclip, eager float32", "diffusers", "dalle2-pytorch")
-_RESET = Path("/proc/self/clear_refs")
+RESET = Path("/proc/self/clear_refs")
 
 
 def main(arguments: list[str]) -> None:
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.batch < 1:
         parser.error(f"--batch is {options.batch}; expected 1 or more")
-    if options.device == "cpu" and not _RESET.exists():
+    if options.device == "cpu" and not RESET.exists():
         parser.error("the peak of a process can be set back on Linux alone; use --device cuda")
     if options.one:
         print(json.dumps(step_memory(options.stage[0], options.one, options)))
@@ -91,17 +91,17 @@ def _mark(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 2**20
-    _RESET.write_text("5")  # proc(5): the largest resident set
-    return _status("VmRSS")
+    RESET.write_text("5")  # proc(5): the largest resident set
+    return status("VmRSS")
 
 
 def _peak(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return _status("VmHWM")
+    return status("VmHWM")
 
 
-def _status(key: str) -> float:
+def status(key: str) -> float:
     """A line of Linux' /proc/self/status that is given in kB, in MB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):

@@ -14,11 +14,12 @@ import helpers_decoder
 import helpers_prior
 import pytest
 import torch
+from helpers_adapters import make_adapters, shake, tuned
 from helpers_bundle import WIDTHS
 from torch import Tensor, nn
 
-from decoder import Decoder, DecoderStage, decoder_loss
-from prior import Prior, PriorStage
+from decoder import Decoder, decoder_loss
+from prior import Prior
 from prior.objective import prior_loss
 from unclip.adapters import (
     add_adapter,
@@ -30,27 +31,12 @@ from unclip.adapters import (
     target_layers,
 )
 from unclip.bundle import load_weights, save_part
-from unclip.config import LoRAConfig, TrainConfig, parse_config
+from unclip.config import LoRAConfig
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
 from unclip.pipeline import UnCLIP
-from unclip.training.finetune import Tuning
 
 GLIDE = {"kind": "glide", "vocab_size": 9, "length": 5, "width": 16, "depth": 2, "heads": 2}
-
-
-def tuned(network: nn.Module, kind: str, folder: Path, **lora: Any) -> Tuning:
-    train = parse_config(TrainConfig, {"run_dir": str(folder), "lora": {"rank": 4, **lora}})
-    return Tuning(network, train, kind, network.config)
-
-
-def shake(network: nn.Module, size: float = 0.3) -> None:
-    """Adapters that say something."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=size)
 
 
 def decoder_answer(network: nn.Module) -> Tensor:
@@ -247,20 +233,7 @@ def test_every_process_draws_the_same_adapters() -> None:
 
 @pytest.fixture(scope="module")
 def subject(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters of the tiny bundle's prior, decoder and second upsampler, as runs write them."""
-    from upsamplers import UpsamplerStage
-
-    root = tmp_path_factory.mktemp("runs")
-    for name, loader in (("prior", PriorStage), ("decoder", DecoderStage), ("upsampler_1024", UpsamplerStage)):
-        stage: Any = loader.load(tiny_bundle / name)  # type: ignore[attr-defined]
-        network = stage.network.requires_grad_(True)
-        network.config = stage.config
-        kind = name.partition("_")[0]
-        target = "conv" if kind == "upsampler" else "attention"
-        tuning = tuned(network, kind, root / name, target=[target], export="adapter")
-        shake(network, 0.5)
-        tuning.exporting(lambda _state, _folder: None)(network.state_dict(), root / name / "model")
-    return {name: root / name / "adapter" for name in ("prior", "decoder", "upsampler_1024")}
+    return make_adapters(tiny_bundle, tmp_path_factory.mktemp("runs"))
 
 
 def test_a_model_takes_adapters_of_all_parts(tiny_bundle: Path, subject: dict[str, Path]) -> None:

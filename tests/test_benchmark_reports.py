@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from benchmarks import everything, peer_dalle2, training_memory
+from benchmarks import conversion, everything, peer_dalle2, training_memory
 from benchmarks.timing import BUDGET, CUT, in_turns
 
 FAKE = """
@@ -106,3 +108,30 @@ def test_memory_of_a_training_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| 100 | **50%** |" in text
     with pytest.raises(SystemExit):
         training_memory.main(["--batch", "0"])
+
+
+def test_memory_of_a_conversion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A row a layout, in which what the process rose by is held against the weights; the CLIP is among them where the
+    layout has one.
+    """
+    parts = {"prior": 2, "decoder": 6, "upsampler_256": 1}
+    for name, megabytes in parts.items():
+        (tmp_path / name).mkdir()
+        body = {f"{n}.weight": torch.zeros(2**18) for n in range(megabytes)}
+        save_file(body, tmp_path / name / "model.safetensors")
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "open_clip_model.safetensors").write_bytes(bytes(3 * 2**20))
+    assert conversion.sizes(tmp_path, with_clip=True) == {"weights": 12, "part": 6, "tensor": 1}
+    assert conversion.sizes(tmp_path, with_clip=False) == {"weights": 9, "part": 6, "tensor": 1}
+    row = {"layout": "diffusers", "weights": 12.0, "part": 6.0, "tensor": 1.0, "rise": 9.0, "own": 2.0}
+    text = conversion.to_text({"machine": {"processor": "p"}, "dtype": "float16", "rows": [row]})
+    assert "stored float16" in text and "| 9 | **0.75** | 1.50 | 2 |" in text
+    with conversion.Watch() as watch:
+        held = torch.ones(16 * 2**20)  # 64 MB
+        for _ in range(1000):  # the other thread may not have its turn at once
+            if watch.largest > 64:
+                break
+            time.sleep(0.01)
+    assert watch.largest > held.numel() * 4 / 2**20
+    with pytest.raises(SystemExit):
+        conversion.main(["--times", "0"])

@@ -230,3 +230,29 @@ def test_what_is_pushed_comes_back(
     assert len([1 for verb, _, _ in hub.asked if verb == "PUT"]) == uploads  # the Hub has the weights already
     model = UnCLIP.from_pretrained("user/new@v1", device="cpu", size=64)
     assert model.name == "tiny"
+
+
+@pytest.mark.parametrize("kind", ["private", "gated"])
+def test_clips_and_autoencoders_take_the_same_token(
+    hub: Hub, tiny_clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Other libraries fetch them; what to do about a refusal is said all the same."""
+    from diffusers import AutoencoderKL
+
+    from unclip.autoencoder import FrozenAutoencoder
+    from unclip.clip import FrozenCLIP
+
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "autoencoder")
+    hub.add("user/clip", tiny_clip_folder)
+    hub.add("user/autoencoder", tmp_path / "autoencoder")
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)  # made when it was imported
+    vocabulary = "bpe_vocabulary.txt.gz"
+    shutil.copy(tiny_clip_folder / vocabulary, tmp_path / vocabulary)  # open_clip looks for it where the command runs
+    for name in ("clip", "autoencoder"):
+        setattr(hub.repos[f"user/{name}"], kind, True)
+    for load in (lambda: FrozenCLIP.load("hf-hub:user/clip"), lambda: FrozenAutoencoder.load("user/autoencoder")):
+        with pytest.raises(UnclipError, match="log in with `hf auth login` or set HF_TOKEN"):
+            load()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert FrozenAutoencoder.load("user/autoencoder").facts.factor == 1
+    assert FrozenCLIP.load("hf-hub:user/clip").embedding_dim == 16

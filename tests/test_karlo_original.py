@@ -200,6 +200,24 @@ def test_every_tensor_comes_to_its_place(theirs: dict[str, Any], folder: Path) -
         assert size == {"decoder": 64, "upsampler_256": 256}[name]
 
 
+def test_the_benchmark_writes_the_same_files(theirs: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """From shards in diffusers' layout, as `python -m benchmarks conversion` converts them."""
+    from benchmarks import conversion
+
+    names = {"first": "super_res_first", "last": "super_res_last"}
+    for name, network in theirs.items():
+        network.save_pretrained(tmp_path / "there" / names.get(name, name))
+    conversion.into_shards(tmp_path / "there" / "decoder", 2**20)
+    assert len(list((tmp_path / "there" / "decoder").glob("*-of-*.safetensors"))) > 1
+    conversion.write_original(tmp_path / "there", tmp_path / "files")
+    written, found = OriginalKarlo(tmp_path / "files"), OriginalKarlo(folder)
+    assert written.parts == found.parts
+    for part in found.parts:
+        ours, other = (read_checkpoint(one.files[part]) for one in (found, written))
+        assert ours.keys() == other.keys()
+        assert all(torch.equal(tensor, other[key]) for key, tensor in ours.items()), part
+
+
 def test_original_files_become_a_bundle(folder: Path, tmp_path: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,35 @@ def test_a_bundle_loads_tokens_and_draws_with_them(
     assert code == 0 and (tmp_path / "a.png").is_file() and out.strip() == str(tmp_path / "a.png")
     code, _, err = run_cli(*asked, "--token", tmp_path / "none", "--out", tmp_path / "b.png")
     assert code == 1 and "no file of learned tokens" in err and not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "few"),
+    [
+        (("edit", "{image}", "--strength", 0.5, "--prompt", "{word}"), ("--decoder-steps", 2, "--prior-steps", 1)),
+        (("mix", "--mix", "{image}:0.4", "{word}:0.6"), ("--decoder-steps", 2, "--prior-steps", 1)),
+        (("textdiff", "{image}", "--to", "{word}"), ("--frames", 2, "--steps", 2)),
+    ],
+)
+def test_every_prompt_may_mention_them(
+    command: tuple[Any, ...],
+    few: tuple[Any, ...],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    run_cli: Callable[..., tuple[int, str, str]],
+) -> None:
+    from PIL import Image
+
+    image, file = tmp_path / "image.png", tmp_path / "token.safetensors"
+    Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(image)
+    spelled_like(FrozenCLIP.load(str(tiny_bundle)), "<zorb>", "pizza").save(file)
+    drawn = {}
+    for word, token in (("<zorb>", ("--token", file)), ("pizza", ())):
+        asked = [part.format(image=image, word=word) if isinstance(part, str) else part for part in command]
+        shared = (*few, "--model", tiny_bundle, "--size", 64, "--json", "--quiet", "--out", tmp_path / word[1:4])
+        code, out, err = run_cli(*asked, *shared, *token)
+        assert code == 0, err
+        with Image.open(json.loads(out.splitlines()[-1])["path"]) as picture:
+            drawn[word] = picture.tobytes()
+            assert picture.info.get("tokens") == (f"{tmp_path.name}/token.safetensors" if token else None)
+    assert drawn["<zorb>"] == drawn["pizza"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_adapters import make_adapters
 from PIL import Image
 
 from unclip import UnCLIP, UnclipError, Upscaler, UsageError
@@ -191,6 +192,38 @@ def test_one_picture_to_one_file(run_cli: Run, tiny_bundle: Path, tmp_path: Path
     assert code == 0 and stdout.strip() == str(target) and Image.open(target).size == (256, 256)
     code, _, stderr = run_cli(*arguments)
     assert code == 1 and "exists; pass --overwrite" in stderr
+
+
+def test_upscaling_takes_adapters_of_upsamplers(
+    tiny_bundle: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, run_cli: Run
+) -> None:
+    subject = make_adapters(tiny_bundle, tmp_path_factory.mktemp("runs"))
+    adapter = subject["upsampler_1024"]
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "image.png")
+    drawn = {}
+    for name, options in (("plain", []), ("adapted", ["--adapter", f"{adapter}:0.5"])):
+        file = tmp_path / f"{name}.png"
+        asked = ["upscale", tmp_path / "image.png", "--model", tiny_bundle, "--quiet", "--out", file]
+        code, _, error = run_cli(*asked, *options)
+        assert code == 0, error
+        with Image.open(file) as picture:
+            drawn[name] = picture.tobytes()
+            assert picture.info.get("adapters") == (None if name == "plain" else "upsampler_1024/adapter:0.5")
+    assert drawn["plain"] != drawn["adapted"]
+    alone, whole = (
+        kind.from_pretrained(tiny_bundle, device="cpu", adapters=[(adapter, 0.5)]).upsamplers[1].network.state_dict()
+        for kind in (Upscaler, UnCLIP)
+    )
+    assert all(torch.equal(value, whole[name]) for name, value in alone.items())
+    # Left out with the upsampler that it is for; in its place it belongs to another.
+    assert len(Upscaler.from_pretrained(tiny_bundle, size=256, adapters=[adapter]).upsamplers) == 1
+    with pytest.raises(UnclipError, match="belongs to another upsampler: low_size is 256 there and 64 here"):
+        Upscaler.from_pretrained(tiny_bundle / "upsampler_256", adapters=[adapter])
+    for part in ("decoder", "prior"):
+        asked = ["upscale", tmp_path / "image.png", "--adapter", subject[part], "--out", tmp_path / "no.png"]
+        code, _, error = run_cli(*asked)
+        assert code == 1 and f"is for a {part}, and only upsamplers run here; leave it out" in error
+    assert not (tmp_path / "no.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -250,6 +250,30 @@ def merge_adapter(network: nn.Module, config: Any, adapter: Adapter, weight: flo
         parameter.requires_grad_(frozen[name])
 
 
+def apply_adapters(
+    adapters: Sequence[str | Path | tuple[str | Path, float]],
+    stages: Mapping[str, Sequence[Any]],
+    all_there: bool = True,
+) -> None:
+    """Merge low-rank adapters into the networks of loaded stages, by the kind of part they are for.
+
+    Of several upsamplers an adapter takes the one of its sizes. Without `all_there` some upsamplers were left out on
+    purpose, and so are their adapters. Raises UnclipError: no adapter, or one for another network.
+    """
+    for given in adapters:
+        folder, weight = parse_adapter(given)
+        adapter = read_adapter(folder)
+        there = stages.get(adapter.part, ())
+        fitting = [stage for stage in there if sizes_fit(adapter, stage.config)]
+        if not fitting and adapter.part == "upsampler" and not all_there:
+            continue
+        if not there:
+            why = "this model has none" if len(stages) > 1 else f"only {next(iter(stages))}s run here; leave it out"
+            raise UnclipError(f"the adapter {folder} is for a {adapter.part}, and {why}")
+        stage = (fitting or there)[0]
+        merge_adapter(stage.network, stage.config, adapter, weight)
+
+
 def _merge(network: nn.Module, weight: float) -> None:
     """Merge peft's layers and put the plain ones back in their places."""
     from peft.tuners.tuners_utils import BaseTunerLayer

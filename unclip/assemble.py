@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unclip.adapters import parse_adapter, read_adapter
+from unclip.adapters import apply_adapters, parse_adapter, read_adapter
 from unclip.autoencoder import carry
 from unclip.bundle import (
     FORMAT,
@@ -34,7 +34,6 @@ from unclip.bundle import (
 from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE, identify, same_clip
 from unclip.components import PrincipalComponents
 from unclip.errors import UnclipError, UsageError
-from unclip.parts import apply_adapters
 from unclip.pipeline import UnCLIP
 
 _KINDS = {"prior": "prior", "decoder": "decoder", "upsampler_256": "upsampler", "upsampler_1024": "upsampler"}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unclip.bundle import read_json, write_json
 from unclip.config import Config
 from unclip.errors import UnclipError
+from unclip.hub import answer_of
 
 KINDS = ("AutoencoderKL", "VQModel")
 CARRIED = "autoencoder"
@@ -79,7 +80,7 @@ class FrozenAutoencoder(nn.Module):
         try:
             model = kind.from_pretrained(name, use_safetensors=True)
         except Exception as error:  # diffusers raises whatever its loaders raise
-            raise UnclipError(f"the autoencoder {name!r} cannot be loaded: {_reason(error)}") from error
+            raise UnclipError(f"the autoencoder {name!r} cannot be loaded: {answer_of(error)}") from error
         return cls(model.float(), _facts(config), name).to(device)
 
     def in_tiles(self, edge: int) -> None:
@@ -234,7 +235,7 @@ def _config(name: str) -> dict[str, Any]:
         config: dict[str, Any] = diffusers.AutoencoderKL.load_config(name)
     except Exception as error:  # as above
         raise UnclipError(
-            f"no autoencoder {name!r}: it is no folder here, and the Hub gave none of that name: {_reason(error)}"
+            f"no autoencoder {name!r}: it is no folder here, and the Hub gave none of that name: {answer_of(error)}"
         ) from error
     if config.get("_class_name") not in KINDS:
         raise UnclipError(f"{name!r} is a {config.get('_class_name')!r}, expected an {' or a '.join(KINDS)}")
@@ -260,7 +261,3 @@ def _diffusers() -> Any:
             "networks in latents need the package diffusers; install it with: pip install 'unclip[latent]'"
         ) from error
     return diffusers
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

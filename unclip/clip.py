@@ -19,6 +19,7 @@ from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing
 from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE
 from unclip.clip_library import library_for, library_of
 from unclip.errors import UnclipError, UsageError
+from unclip.hub import answer_of
 from unclip.text_features import TextFeatures
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
 
@@ -104,7 +105,7 @@ class FrozenCLIP(nn.Module):
                 model = library.factory.create_model(identifier, pretrained=pretrained, require_pretrained=True)
                 tokenizer = library.factory.get_tokenizer(identifier, **tokenizer_options)
         except Exception as error:  # open_clip raises whatever its loaders raise
-            raise UnclipError(f"the CLIP {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UnclipError(f"the CLIP {name!r} cannot be loaded: {answer_of(error)}") from error
         clip = cls(model, tokenizer, name).to(device)
         clip.sees = not folder.is_dir() or read_json(folder / CONFIG_FILE).get(IMAGE_ENCODER, True)
         return clip

@@ -197,7 +197,8 @@ class Editing(Stages):
         if not steps:
             held = start if config.latent is None else self.decoder.to_pixels(self._x_start(start))
             pictures = held.expand(num_images, -1, -1, -1)
-            return self._finish(self._enlarge(pictures, seeds, chosen, progress), output)
+            caption = None if prompt is None else self._read_by_upsamplers(prompt, num_images)
+            return self._finish(self._enlarge(pictures, seeds, chosen, progress, caption), output)
         embedding, text = self._shown(prompt, seen, keep_embedding, seeds, chosen, progress)
         if strength == 1:
             return self._finish(self._render(embedding, text, seeds, chosen, progress), output)

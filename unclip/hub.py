@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,9 +237,13 @@ def aloud(sentence: str) -> None:
 
 
 def answer_of(error: Exception) -> str:
-    """Why the Hub's client gave nothing, and what to do where that is known."""
+    """Why the Hub's client gave nothing, and what to do where that is known. Libraries that call the client raise
+    errors of their own; then the Hub's refusal is looked for in what these came from.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    refusals = (GatedRepoError, RepositoryNotFoundError)
+    error = next((one for one in _origins(error) if isinstance(one, refusals) or _status(one) in (401, 403)), error)
     if isinstance(error, GatedRepoError):
         return "it is gated; accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, RevisionNotFoundError):
@@ -249,6 +253,14 @@ def answer_of(error: Exception) -> str:
     if _status(error) in (401, 403):
         return "the token gives no access to it; log in with `hf auth login`, or check HF_TOKEN and its permissions"
     return reason_of(error)
+
+
+def _origins(error: Exception) -> Iterator[Exception]:
+    """An error, what it was made of, and so on."""
+    found: BaseException | None = error
+    while isinstance(found, Exception):
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def reason_of(error: Exception) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from unclip.adapters import merge_adapter, parse_adapter, read_adapter, sizes_fit
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP
 from unclip.components import PrincipalComponents
@@ -89,29 +88,6 @@ def _reading(stage: UpsamplerStage, clip: FrozenCLIP, decoder: DecoderStage) -> 
             f"{config.text_dim}"
         ]
     return []
-
-
-def apply_adapters(
-    adapters: Sequence[str | Path | tuple[str | Path, float]],
-    stages: Mapping[str, Sequence[Any]],
-    all_there: bool = True,
-) -> None:
-    """Merge low-rank adapters into the networks of loaded stages, by the kind of part they are for.
-
-    Of several upsamplers an adapter takes the one of its sizes. Without `all_there` some upsamplers were left out on
-    purpose, and so are their adapters. Raises UnclipError: no adapter, or one for another network.
-    """
-    for given in adapters:
-        folder, weight = parse_adapter(given)
-        adapter = read_adapter(folder)
-        there = stages.get(adapter.part, ())
-        fitting = [stage for stage in there if sizes_fit(adapter, stage.config)]
-        if not fitting and adapter.part == "upsampler" and not all_there:
-            continue
-        if not there:
-            raise UnclipError(f"the adapter {folder} is for a {adapter.part}, and this model has none")
-        stage = (fitting or there)[0]
-        merge_adapter(stage.network, stage.config, adapter, weight)
 
 
 def bundle_sizes(folder: Path, parts: dict[str, str]) -> tuple[int, ...]:

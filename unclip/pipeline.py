@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from unclip.adapters import apply_adapters
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, PCA, read_manifest, resolve_model
 from unclip.clip import FrozenCLIP
 from unclip.components import PrincipalComponents
@@ -26,7 +27,7 @@ from unclip.inputs import (
 from unclip.latents import Latents
 from unclip.manipulation import Manipulation
 from unclip.mixing import Mixing
-from unclip.parts import apply_adapters, bundle_sizes, check_fit, image_pixels, needed_parts
+from unclip.parts import bundle_sizes, check_fit, image_pixels, needed_parts
 from unclip.probing import Probing
 from unclip.reranking import Reranking
 from unclip.stages import Stages, negative_prompts

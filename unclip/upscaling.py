@@ -182,13 +182,16 @@ class Upscaler(Upscaling):
         dtype: torch.dtype = torch.float32,
         size: int | None = None,
         revision: str | None = None,
+        adapters: Sequence[str | Path | tuple[str | Path, float]] = (),
     ) -> Upscaler:
         """The upsamplers of a bundle up to `size`, or one upsampler by itself: the `model` folder of a run, or that of
         a Karlo in diffusers' layout, of which nothing else is fetched or converted.
 
-        Raises UnclipError: no such folder, weights damaged, no such device; UsageError: no upsampler in it, or none
-        that makes `size`.
+        `adapters` as for UnCLIP.from_pretrained, of upsamplers alone; one of another size than these is refused, unless
+        `size` has left its upsampler out. Raises UnclipError: no such folder, weights damaged, no such device, an
+        adapter of another network; UsageError: no upsampler in it, or none that makes `size`.
         """
+        from unclip.adapters import apply_adapters
         from upsamplers import UpsamplerStage
         from upsamplers.upscale import check_reach
 
@@ -205,6 +208,7 @@ class Upscaler(Upscaling):
             stages = [UpsamplerStage.load(folder / parts[part], place) for part in _upsamplers_for(folder, size)]
             label = str(manifest.get("name") or "unnamed")
         check_reach([stage.config.high_size for stage in stages], size)
+        apply_adapters(adapters, {"upsampler": stages}, all_there=size is None)
         return cls(stages, label, place, dtype)
 
 

@@ -137,20 +137,8 @@ class UpsamplerStage:
             noise = SeededNoise(seeds[start : start + chunk])
             x = noise.draw(shape, self.device).contiguous(memory_format=torch.channels_last)
             part = low_res[start : start + chunk].to(self.device, torch.float32).clamp(-1, 1)
-            if autoencoder is not None and self.config.condition == "latent":
-                part = autoencoder.encode(part)
-            if isinstance(self.network, Dalle2Upsampler):  # its condition is noised after it was enlarged
-                part = enlarge_nearest(part, (shape[1], shape[2]))
-            condition: dict[str, Tensor | None] = {"low_res": part}
-            if self.config.noise_augmentation is not None:
-                # Drawn after x_T, which so depends on the seed alone.
-                drawn = noise(part) if level else torch.zeros_like(part)
-                condition["low_res"], condition["noise_level"] = noise_augment(
-                    part, level, drawn, self._condition_process
-                )
-            if text is not None and self.config.text_dim is not None:
-                own = text[start : start + chunk].to(self.device)
-                condition |= {"text_tokens": own.tokens, "text_mask": own.mask}
+            own = None if text is None else text[start : start + chunk]
+            condition = self._condition(part, edges, level, noise, own)
             network = partial(self._network, memory=memory)
             clip = clip_from(self.config.diffusion.x_start_clip, static_clip() if autoencoder is None else None)
             denoiser = make_denoiser(network, self.process, condition, clip=clip)
@@ -162,6 +150,26 @@ class UpsamplerStage:
             made = x.clamp(-1, 1) if autoencoder is None else autoencoder.decode(x)
             results.append(made[..., :height, :width].contiguous())
         return torch.cat(results)
+
+    def _condition(
+        self, low_res: Tensor, edges: tuple[int, int], level: int, noise: SeededNoise, text: TextFeatures | None
+    ) -> dict[str, Tensor | None]:
+        """What the network is shown beside x_t, for pictures (B, 3, h, w) whose result is diffused at `edges`."""
+        if self.config.condition == "latent" and self.autoencoder is not None:
+            low_res = self.autoencoder.encode(low_res)
+        if isinstance(self.network, Dalle2Upsampler):  # its condition is noised after it was enlarged
+            low_res = enlarge_nearest(low_res, edges)
+        condition: dict[str, Tensor | None] = {"low_res": low_res}
+        if self.config.noise_augmentation is not None:
+            # Drawn after x_T, which so depends on the seed alone.
+            drawn = noise(low_res) if level else torch.zeros_like(low_res)
+            condition["low_res"], condition["noise_level"] = noise_augment(
+                low_res, level, drawn, self._condition_process
+            )
+        if text is not None and self.config.text_dim is not None:
+            text = text.to(self.device)
+            condition |= {"text_tokens": text.tokens, "text_mask": text.mask}
+        return condition
 
     def timesteps(self, steps: int | str | Sequence[int] | None = None) -> list[int]:
         """The original timesteps kept, ascending: a number spreads evenly from `lowest_timestep` to T − 1."""

@@ -49,9 +49,9 @@ class Setting:
 
     @classmethod
     def of(
-        cls, series: Series, options: dict[str, Any], columns: int | None = None, tokens: Sequence[str] = ()
+        cls, series: Series, options: dict[str, Any], columns: int | None = None, tokens: Sequence[str] | None = None
     ) -> Setting:
-        return cls(series, options, series.batch_size, columns or series.num_images, series.grid, tuple(tokens))
+        return cls(series, options, series.batch_size, columns or series.num_images, series.grid, tuple(tokens or ()))
 
     def load(self) -> UnCLIP:
         """The model, without the upsamplers that the size does not need."""
@@ -106,7 +106,7 @@ def sample(
     writer = drawing.writer(len(prompts) * kept if kept else len(jobs))
     sampling = options.given(size=size, guidance_text=guidance_text)
     shown = {**sampling, **away}
-    setting = Setting.of(drawing, shown, columns=kept, tokens=token or ())
+    setting = Setting.of(drawing, shown, columns=kept, tokens=token)
     system = setting.load()
     if kept:
         produce_best(prompts, drawing.num_images, kept, drawing.seed, {**sampling, **away}, system, setting, writer)
@@ -236,11 +236,10 @@ def _metadata(job: Job, image: Image, name: str, setting: Setting) -> dict[str, 
         "size": str(image.width),
         "unclip": __version__,
         "dtype": setting.drawing.dtype.value,
+        **setting.drawing.told(),
     }
-    if setting.drawing.adapter:
-        text["adapters"] = ", ".join("/".join(Path(given).parts[-2:]) for given in setting.drawing.adapter)
     if setting.tokens:
-        text["tokens"] = ", ".join("/".join(Path(given).parts[-2:]) for given in setting.tokens)
+        text["tokens"] = opt.places(setting.tokens)
     chosen = {key: value for key, value in setting.options.items() if key != "size"}
     return {**text, "options": json.dumps(chosen)} if chosen else text
 

@@ -53,6 +53,7 @@ def interpolate(
     seed: opt.Seed = 0,
     size: opt.Size = None,
     grid: Grid = False,
+    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Drawing,
@@ -72,7 +73,7 @@ def interpolate(
     own: dict[str, Any] = {"frames": frames, "loop": loop, "noise": noise, "steps": steps, "refinements": refinements}
     writer, films = drawing.writer(count), Animations(animate, fps, drawing.overwrite)
     shown = {**sampling, **own, "ends": names}
-    setting = Setting(drawing, shown, grid=grid)
+    setting = Setting(drawing, shown, grid=grid, tokens=tuple(token or ()))
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:
@@ -97,6 +98,7 @@ def textdiff(
     seed: opt.Seed = 0,
     size: opt.Size = None,
     grid: Grid = False,
+    token: opt.Token = None,
     *,
     options: Upsampling,
     drawing: Drawing,
@@ -118,7 +120,7 @@ def textdiff(
     sampling = options.given(size=size)
     own: dict[str, Any] = {"max_theta": max_theta, "frames": frames, "steps": steps, "refinements": refinements}
     shown = {**sampling, **own, "from": base, "to": target}
-    setting = Setting(drawing, shown, grid=grid)
+    setting = Setting(drawing, shown, grid=grid, tokens=tuple(token or ()))
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:

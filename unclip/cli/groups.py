@@ -67,9 +67,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Drawing(Place):
-    """Of the commands that draw with all stages."""
+    """Of the commands that draw."""
 
     adapter: opt.Adapter = None
+
+    def told(self) -> dict[str, str]:
+        """What a picture itself says of the adapters that it was drawn with."""
+        return {"adapters": opt.places(self.adapter)} if self.adapter else {}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def mix(
         bool, typer.Option("--text-embedding", help="CLIP's text embedding of prompts, without the prior.")
     ] = False,
     size: opt.Size = None,
+    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
@@ -60,7 +61,7 @@ def mix(
     writer = drawing.writer(len(jobs))
     sampling = options.given(size=size)
     shown = {**sampling, **recipe}
-    setting = Setting.of(drawing, shown)
+    setting = Setting.of(drawing, shown, tokens=token)
     system = setting.load()
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -174,6 +175,11 @@ def own_device(name: str) -> Any:
 def given(**options: Any) -> dict[str, Any]:
     """The options that are not None: what is not given is the model's own default."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def places(folders: Sequence[str]) -> str:
+    """Folders or files, and weights behind them, as a picture may tell of them: without where they lie."""
+    return ", ".join("/".join(Path(one).parts[-2:]) for one in folders)
 
 
 def kept_of(rerank: Reranker | None, keep: int | None, drawn: int) -> int | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from unclip.cli import options as opt
-from unclip.cli.groups import Place
+from unclip.cli.groups import Drawing
 from unclip.cli.progress import Bars
 
 _SAMPLING = "How it samples (default: the model's own)"
@@ -58,7 +58,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Alone(Place):
+class Alone(Drawing):
     seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0
 
 
@@ -98,14 +98,16 @@ def _run(command: str, images: list[Path], size: int | None, options: dict[str, 
 
     pictures = [load_image(image) for image in images]
     writer = place.writer(len(pictures))
-    system = Upscaler.from_pretrained(place.model, device=place.device, dtype=place.torch_dtype, size=size)
+    system = Upscaler.from_pretrained(
+        place.model, device=place.device, dtype=place.torch_dtype, size=size, adapters=place.adapter or ()
+    )
     method: Callable[..., list[Any]] = system.restore if command == "restore" else partial(system.upscale, size=size)
     with Bars(place.quiet) as bars:
         for number, (source, picture) in enumerate(zip(images, pictures, strict=True)):
             bars.batch(number + 1, len(pictures))
             result = method(picture, seed=place.seed, progress=bars, **options)[0]
             bars.close()
-            text = _metadata(command, system.name, place.seed, result.size, place.dtype, options)
+            text = _metadata(command, system.name, result.size, options, place)
             label = "restored" if command == "restore" else max(result.size)
             path = writer.save(result, f"{source.stem} {label}", place.seed, text)
             seconds = {stage: round(s, 4) for stage, s in system.timings.seconds.items()}
@@ -122,17 +124,18 @@ def _run(command: str, images: list[Path], size: int | None, options: dict[str, 
 
 
 def _metadata(
-    command: str, name: str, seed: int, size: tuple[int, int], dtype: opt.Dtype, options: dict[str, Any]
+    command: str, name: str, size: tuple[int, int], options: dict[str, Any], place: Alone
 ) -> dict[str, str]:
     """What the PNG itself says about how it came to be; no paths, since pictures travel."""
     from unclip import __version__
 
     text = {
         "command": command,
-        "seed": str(seed),
+        "seed": str(place.seed),
         "model": name,
         "size": f"{size[0]}x{size[1]}",
         "unclip": __version__,
-        "dtype": dtype.value,
+        "dtype": place.dtype.value,
+        **place.told(),
     }
     return {**text, "options": json.dumps(options)} if options else text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,8 +27,13 @@ def enlarging_unets(checkpoint: Dalle2Checkpoint) -> list[int]:
 
 def named_unet(checkpoint: Dalle2Checkpoint, number: int) -> str:
     """An enlarging U-Net in words."""
-    sizes = sorted(set((checkpoint.config or {}).get("image_sizes") or []))
+    sizes = _sizes(checkpoint.config or {})
     return f"the enlarging U-Net unets.{number}{f', to {sizes[number]} px' if number < len(sizes) else ''}"
+
+
+def _sizes(told: Mapping[str, Any]) -> list[int]:
+    """Edges of the pictures that each U-Net makes; DALLE2-pytorch orders them so."""
+    return sorted(set(told.get("image_sizes") or []))
 
 
 def upsampler_from_dalle2(
@@ -44,7 +50,7 @@ def upsampler_from_dalle2(
     told = checkpoint.config
     if told is None or number >= len(told.get("unets") or []):
         raise UnclipError(f"{origin} is not in the configuration of its run")
-    sizes = sorted(set(told.get("image_sizes") or []))
+    sizes = _sizes(told)
     if number >= len(sizes):
         raise UnclipError(f"{origin} has no size in its configuration's image_sizes ({sizes or 'none'})")
     era = era_of(checkpoint.version, origin)

@@ -37,7 +37,7 @@ _SIGNS = {
     "decoder": "model.cf_param",
     "upsampler_256": "model_first_steps.input_blocks.0.0.weight",
 }
-_PRIOR = {
+PRIOR = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "clip_img_proj": "proj_in",
@@ -46,21 +46,21 @@ _PRIOR = {
     "final_ln": "norm_out",
     "out_proj": "proj_to_clip_embeddings",
 }
-_PRIOR_BLOCK = {
+PRIOR_BLOCK = {
     "ln_1": "norm1",
     "attn.c_proj": "attn1.to_out.0",
     "ln_2": "norm3",
     "mlp.c_fc": "ff.net.0.proj",
     "mlp.c_proj": "ff.net.2",
 }
-_PROJECTION = {
+PROJECTION = {
     "text_feat_proj": "embedding_proj",
     "clip_emb": "clip_image_embeddings_project_to_time_embeddings",
     "clip_tok_proj": "clip_extra_context_tokens_proj",
     "text_seq_proj.0": "encoder_hidden_states_proj",
     "text_seq_proj.1": "text_encoder_hidden_states_norm",
 }
-_RESIDUAL = {
+RESIDUAL = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -146,10 +146,10 @@ def _prior(
         "clip_std": statistics[1][None],
     }
     for kind in _KINDS:
-        theirs |= {f"{there}.{kind}": state[f"model.{ours}.{kind}"] for ours, there in _PRIOR.items()}
+        theirs |= {f"{there}.{kind}": state[f"model.{ours}.{kind}"] for ours, there in PRIOR.items()}
         for block in blocks:
             here, there = f"model.transformer.resblocks.{block}", f"transformer_blocks.{block}"
-            theirs |= {f"{there}.{b}.{kind}": state[f"{here}.{a}.{kind}"] for a, b in _PRIOR_BLOCK.items()}
+            theirs |= {f"{there}.{b}.{kind}": state[f"{here}.{a}.{kind}"] for a, b in PRIOR_BLOCK.items()}
             parts = _by_head(state[f"{here}.attn.c_qkv.{kind}"], 3)
             theirs |= {f"{there}.attn1.to_{one}.{kind}": tensor for one, tensor in zip("qkv", parts, strict=True)}
     config = {
@@ -163,12 +163,12 @@ def _prior(
 
 
 def _decoder(state: Mapping[str, Tensor], null: TextFeatures | None) -> tuple[DecoderConfig, dict[str, Tensor]]:
-    outside = tuple(f"model.{name}." for name in _PROJECTION)
+    outside = tuple(f"model.{name}." for name in PROJECTION)
     own = {key: value for key, value in state.items() if not key.startswith((*outside, "model.cf_param"))}
     unet = _network(own, "model.")
     projection: dict[str, Tensor] = {"learned_classifier_free_guidance_embeddings": state["model.cf_param"]}
     for kind in _KINDS:
-        projection |= {f"{there}.{kind}": state[f"model.{ours}.{kind}"] for ours, there in _PROJECTION.items()}
+        projection |= {f"{there}.{kind}": state[f"model.{ours}.{kind}"] for ours, there in PROJECTION.items()}
     context, dim = state["model.text_seq_proj.0.weight"].shape[0], state["model.clip_emb.weight"].shape[1]
     tokens = state["model.clip_tok_proj.weight"].shape[0] // context
     described = {"clip_embeddings_dim": dim, "cross_attention_dim": context, "clip_extra_context_tokens": tokens}
@@ -185,12 +185,12 @@ def _network(state: Mapping[str, Tensor], prefix: str) -> Model:
     body = unet_config_to_diffusers(config, *channels, None if context is None else context.shape[1])
     theirs: dict[str, Tensor] = {}
     for ours, there, sort in modules_of(config):
-        here = _original(ours, f"{ours.rsplit('.', 1)[0]}.attention" in _attending(config))
+        here = original_name(ours, f"{ours.rsplit('.', 1)[0]}.attention" in _attending(config))
         for kind in _KINDS:
             if sort == "plain":
                 theirs[f"{there}.{kind}"] = own[f"{here}.{kind}"]
             elif sort == "residual":
-                for a, b in _RESIDUAL.items():
+                for a, b in RESIDUAL.items():
                     if f"{here}.{a}.{kind}" in own:
                         theirs[f"{there}.{b}.{kind}"] = own[f"{here}.{a}.{kind}"]
             else:
@@ -206,7 +206,7 @@ def _attending(config: UNetConfig) -> set[str]:
     return {ours for ours, _, sort in modules_of(config) if sort == "attention"}
 
 
-def _original(ours: str, attends: bool) -> str:
+def original_name(ours: str, attends: bool) -> str:
     """guided-diffusion's name of one of our modules; `attends`: there is attention in its block."""
     plain = {"conv_in": "input_blocks.0.0", "norm_out": "out.0", "conv_out": "out.2"}
     if ours in plain or ours.startswith("time_embed"):
