@@ -85,7 +85,9 @@ def check_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[st
         raise UsageError(f"no {name} given")
     for number, prompt in enumerate(several):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UsageError(f"{name} {number + 1} is empty; say what the picture shows, such as 'pizza'")
+            mend = "say what the picture shows, such as 'pizza'" if name == "prompt" else "expected a word or more"
+            kind = "is empty" if isinstance(prompt, str) else f"is {prompt!r}, not a text"
+            raise UsageError(f"{name} {number + 1} {kind}; {mend}")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -138,7 +140,9 @@ def check_embeddings(embeddings: Any, dim: int, *, unit_length: bool = True) -> 
     tensor = tensor.float()
     if tensor.ndim == 1:
         tensor = tensor[None]
-    if tensor.ndim != 2 or tensor.shape[1] != dim or not len(tensor):
+    if tensor.ndim == 2 and not len(tensor):
+        raise UsageError("no embedding given: there are 0 rows, expected 1 or more")
+    if tensor.ndim != 2 or tensor.shape[1] != dim:
         raise UsageError(f"embeddings of shape {tuple(tensor.shape)}; this model takes (count, {dim})")
     bad = ~torch.isfinite(tensor).all(dim=1)
     if bad.any():

@@ -70,6 +70,7 @@ class Drawing(Place):
     """Of the commands that draw with all stages."""
 
     adapter: opt.Adapter = None
+    token: opt.Token = None
 
 
 @dataclass(frozen=True)
