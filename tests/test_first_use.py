@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import unclip
 from prior.config import PriorRunConfig
 from unclip.bundle import _TOLD, read_manifest
 from unclip.cli.film import read_ends
 from unclip.cli.mix import read_parts
 from unclip.data.images import load_image
 from unclip.errors import UnclipError, UsageError
-from unclip.inputs import check_embeddings, check_prompts
+from unclip.inputs import SampleOptions, check_count, check_embeddings, check_prompts, check_seeds, check_size
 from unclip.manipulation import Prompt
 from unclip.runs import StatusFile, read_run, trainer_of
 from unclip.training.distributed import current
@@ -150,3 +151,22 @@ def test_a_process_out_of_sight_lives_while_it_writes(tmp_path: Path) -> None:
     assert trainer_of(tmp_path, patience=30) is None, "nothing to wait for"
     status.close("finished")
     assert trainer_of(tmp_path) is None
+
+
+def test_values_of_a_wrong_type_are_told_apart_from_wrong_values() -> None:
+    with pytest.raises(UsageError, match="guidance is '3', expected a number of 0 or more"):
+        SampleOptions(guidance="3")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="size '64' cannot be made by this model; it makes 64, 256"):
+        check_size("64", (64, 256))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"num_images is 2\.0, expected a whole number"):
+        check_count(2.0)  # type: ignore[arg-type]
+    for wrong in (1.5, "7", None, [1.5, 2]):
+        with pytest.raises(UsageError, match="expected a whole number, or one a sample"):
+            check_seeds(wrong, 2)  # type: ignore[arg-type]
+    assert check_seeds(np.int64(3), 2) == [3, 3]  # type: ignore[arg-type]
+    assert check_seeds(np.arange(2), 2) == [0, 1]  # type: ignore[arg-type]
+    assert check_seeds(range(4, 6), 2) == [4, 5]
+
+
+def test_completion_shows_what_is_not_loaded_yet() -> None:
+    assert set(unclip.__all__) <= set(dir(unclip))
