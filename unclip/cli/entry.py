@@ -75,7 +75,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def _received(error: Exception) -> str:
     """What came, where typer hands on pydantic's sentence, which leaves that out."""
-    cause = error.__cause__
+    cause: Any = error.__cause__
     if not hasattr(cause, "errors") or "Input should" not in str(error):
         return ""
     return f", got {cause.errors()[0]['input']!r}"
