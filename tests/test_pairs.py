@@ -148,7 +148,7 @@ def test_pairs_and_tally_commands(tmp_path: Path, tiny_bundle: Path, run_cli: Ru
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a dog\na cat\n")
     steps = ("--set-a", "decoder_steps=1", "--set-a", "prior_steps=1", "--set-b", "decoder_steps=2")
-    common = ("--a", tiny_bundle, "--prompts", prompts, "--size", 64)
+    common = ("--a", tiny_bundle, "--prompts-file", prompts, "--size", 64)
     out = tmp_path / "sheets"
     code, shown, told = run_cli("pairs", *common, *steps, "--set-b", "prior_steps=1", "--out", out)
     assert code == 0, told

@@ -206,7 +206,7 @@ def test_a_prompt_too_long_is_cut_with_a_warning(model: UnCLIP) -> None:
     ("rows", "message"),
     [
         (np.ones((2, 8)), r"shape \(2, 8\); this model takes \(count, 16\)"),
-        (np.ones((0, 16)), "shape"),
+        (np.ones((0, 16)), "no embedding given: there are 0 rows"),
         (np.ones((2, 16), dtype=int), "int64; expected floating"),
         (torch.ones(2, 16, dtype=torch.long), "expected floating"),
         (np.array([[1.0] * 16, [float("nan")] * 16]), r"embedding 1 holds NaN or infinity \(1 of 2"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from decoder.config import GlideText
@@ -143,6 +144,11 @@ def test_a_bundle_loads_tokens_and_draws_with_them(
     asked = ("sample", "--model", tiny_bundle, "--size", 64, "--prompt", "<zorb>", "--quiet", "--overwrite")
     code, out, _ = run_cli(*asked, "--token", file, "--out", tmp_path / "a.png")
     assert code == 0 and (tmp_path / "a.png").is_file() and out.strip() == str(tmp_path / "a.png")
+    mixture = ("mix", "--model", tiny_bundle, "--size", 64, "--token", file, "--mix")
+    assert run_cli(*mixture, "<zorb>", "--out", tmp_path / "x.png")[0] == 0
+    assert run_cli(*mixture, "pizza", "--out", tmp_path / "y.png")[0] == 0
+    with Image.open(tmp_path / "x.png") as one, Image.open(tmp_path / "y.png") as other:
+        assert one.tobytes() == other.tobytes() and one.text["tokens"].endswith(file.name)  # type: ignore[attr-defined]
     code, _, err = run_cli(*asked, "--token", tmp_path / "none", "--out", tmp_path / "b.png")
     assert code == 1 and "no file of learned tokens" in err and not (tmp_path / "b.png").exists()
 

@@ -37,6 +37,11 @@ _LAZY = {
 }
 
 
+def __dir__() -> list[str]:
+    """For completion: what is not loaded yet, too."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         import importlib

@@ -30,6 +30,7 @@ PARTS = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
 PCA = "pca"
 """The part with the principal components of the CLIP's image embeddings, which a bundle may have."""
 _MODELS = Path(__file__).parent / "models"
+_TOLD = 8  # names of files in a message
 MAX_SHARD_BYTES = 15 * 2**20  # hosts that refuse files above 16 MiB still take every shard
 
 
@@ -184,7 +185,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"
-    names = _shards(index) if index.is_file() else ["model.safetensors"]
+    names = read_shards(index) if index.is_file() else ["model.safetensors"]
     state: dict[str, Tensor] = {}
     for name in names:
         file = folder / name
@@ -200,7 +201,8 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _shards(index: Path) -> list[str]:
+def read_shards(index: Path) -> list[str]:
+    """The files that an index of weights names. UnclipError: it names none."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UnclipError(f"{index} names no weights; expected {{'weight_map': {{tensor: file, …}}}}")
@@ -279,9 +281,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UnclipError(f"no model folder at {folder}; name a folder that holds {MANIFEST}, or a Hub id user/name")
     file = folder / MANIFEST
     if not file.is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
         raise UnclipError(
-            f"{folder} is not a bundle: {MANIFEST} is missing (found: {found}); `unclip bundle` makes one"
+            f"{folder} is not a bundle: {MANIFEST} is missing (found: {_contents(folder)}); `unclip bundle` makes one"
         )
     manifest = read_json(file)
     if manifest.get("format") != FORMAT:
@@ -298,6 +299,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if is_snapshot(folder):  # what was downloaded; a link in a folder of one's own is one's own wish
         check_links(folder, list(parts.values()))
     return manifest
+
+
+def _contents(folder: Path) -> str:
+    """Names in a folder for a message, the first of many."""
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return f"{', '.join(names[:_TOLD]) or 'nothing'}{more}"
 
 
 def read_json(file: Path) -> dict[str, Any]:

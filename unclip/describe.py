@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from unclip import __version__
 from unclip.autoencoder import CARRIED, LatentConfig
-from unclip.bundle import MANIFEST, read_manifest, read_part_json, resolve_described
+from unclip.bundle import MANIFEST, read_manifest, read_part_json, read_shards, resolve_described
 from unclip.config import parse_config
 from unclip.errors import UnclipError
 from unclip.hub import EVERYTHING, Remote, matching, read_shapes
@@ -78,6 +78,14 @@ class _Files(NamedTuple):
     def below(self, name: str) -> list[str]:
         return [file for file in self.sizes if file.startswith(f"{name}/")]
 
+    def missing(self, name: str) -> list[str]:
+        """Weights of a part that are not there."""
+        below = self.below(name)
+        index = f"{name}/model.safetensors.index.json"
+        if index in below and (self.folder / index).is_file():
+            return [file for file in read_shards(self.folder / index) if f"{name}/{file}" not in below]
+        return [] if any(file.endswith(".safetensors") for file in below) else ["model.safetensors"]
+
     def parameters(self, files: Iterable[str]) -> int:
         found = [self._shapes(file) for file in files if file.endswith(".safetensors")]
         return sum(prod(shape) for shapes in found for shape in shapes)
@@ -96,6 +104,7 @@ def _describe_part(part: str, inside: str, there: _Files) -> dict[str, Any]:
         "parameters": there.parameters(sorted(set(files) - set(carried))),
         "bytes": sum(there.sizes[file] for file in files),
         "defaults": _defaults(part, there.folder / inside),
+        "missing": there.missing(inside),
     }
     latent = _latent(part, there.folder / inside)
     if latent is not None:
@@ -124,6 +133,7 @@ def _describe_foreign(remote: Remote, there: _Files) -> dict[str, Any]:
                 "parameters": there.parameters(there.below(name)),
                 "bytes": sum(there.sizes[file] for file in there.below(name)),
                 "defaults": {},
+                "missing": [],
             }
             for name in folders
         },

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ class SampleOptions:
     def __post_init__(self) -> None:
         for name in ("guidance", "prior_guidance", "guidance_text", "eta"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UsageError(f"{name} is {value}, expected a number of 0 or more")
+            if value is not None and not (_is_real(value) and 0 <= value < math.inf):
+                raise UsageError(f"{name} is {value!r}, expected a number of 0 or more")
         for name in ("prior_steps", "decoder_steps", "upsampler_steps"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
@@ -67,6 +69,10 @@ class SampleOptions:
         return {"steps": self.decoder_steps, "guidance": self.guidance, **{n: getattr(self, n) for n in shared}}
 
 
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def to_bytes(memory_limit: float | None) -> int | None:
     """A memory limit in MiB as bytes. UsageError: not above 0."""
     if memory_limit is None:
@@ -85,7 +91,9 @@ def check_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[st
         raise UsageError(f"no {name} given")
     for number, prompt in enumerate(several):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UsageError(f"{name} {number + 1} is empty; say what the picture shows, such as 'pizza'")
+            mend = "say what the picture shows, such as 'pizza'" if name == "prompt" else "expected a word or more"
+            kind = "is empty" if isinstance(prompt, str) else f"is {prompt!r}, not a text"
+            raise UsageError(f"{name} {number + 1} {kind}; {mend}")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -97,7 +105,11 @@ def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed a sample: a single seed serves all of them. UsageError: another number of seeds, or one out of
     range.
     """
-    seeds = [seed] * count if isinstance(seed, int) else [int(one) for one in seed]
+    try:
+        given = list(seed) if isinstance(seed, Iterable) else [seed] * count
+        seeds = [index(one) for one in given]  # numpy's whole numbers too
+    except TypeError as error:
+        raise UsageError(f"the seed is {seed!r}; expected a whole number, or one a sample") from error
     if len(seeds) != count:
         raise UsageError(
             f"{len(seeds)} seeds for {count} samples; expected one each, or a single one for all"
@@ -110,6 +122,8 @@ def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
 
 def check_count(count: int) -> None:
     """UsageError unless at least one picture is asked for."""
+    if not isinstance(count, Integral):
+        raise UsageError(f"num_images is {count!r}, expected a whole number")
     if count < 1:
         raise UsageError(f"num_images is {count}, expected 1 or more")
 
@@ -118,7 +132,7 @@ def check_size(size: int, possible: Sequence[int]) -> int:
     """The size, if it is one of those; UsageError lists them."""
     if size not in possible:
         raise UsageError(
-            f"size {size} cannot be made by this model; it makes {', '.join(map(str, possible))}"
+            f"size {size!r} cannot be made by this model; it makes {', '.join(map(str, possible))}"
         )
     return size
 
@@ -138,7 +152,9 @@ def check_embeddings(embeddings: Any, dim: int, *, unit_length: bool = True) -> 
     tensor = tensor.float()
     if tensor.ndim == 1:
         tensor = tensor[None]
-    if tensor.ndim != 2 or tensor.shape[1] != dim or not len(tensor):
+    if tensor.ndim == 2 and not len(tensor):
+        raise UsageError("no embedding given: there are 0 rows, expected 1 or more")
+    if tensor.ndim != 2 or tensor.shape[1] != dim:
         raise UsageError(f"embeddings of shape {tuple(tensor.shape)}; this model takes (count, {dim})")
     bad = ~torch.isfinite(tensor).all(dim=1)
     if bad.any():

@@ -106,6 +106,22 @@ class StatusFile:
             self.write()
 
 
+def trainer_of(folder: Path, patience: float = 2.5 * HEARTBEAT_SECONDS) -> str | None:
+    """Who trains in a run folder now, in words; None where that is nobody, or this process itself.
+
+    A process that cannot be seen from here is one that renews its status within `patience` seconds. What was heard last
+    does not tell: a run that was killed on one machine is soon started again on another.
+    """
+    status = _read_json(folder / STATUS)
+    process = status.get("process") or {}
+    if status.get("state") != "running" or process == _this_process():
+        return None
+    alive = _is_alive(process)
+    if alive is None and time.time() - float(status.get("updated", 0)) <= STALE_SECONDS:
+        alive = _is_renewed(folder / STATUS, status, patience)
+    return f"process {process.get('pid')} on {process.get('host')}" if alive else None
+
+
 def find_runs(folder: Path) -> list[Run]:
     """The runs in and below a folder, by path. UsageError: no such folder."""
     if not folder.is_dir():
@@ -200,6 +216,17 @@ def _is_alive(process: dict[str, Any]) -> bool | None:
         return None
     born = _birth(pid)
     return born is not None and born == process.get("born")
+
+
+def _is_renewed(file: Path, before: dict[str, Any], patience: float) -> bool:
+    """Whether somebody writes a status while we wait."""
+    end = time.monotonic() + patience
+    while time.monotonic() < end:
+        time.sleep(min(0.5, patience / 5))
+        now = _read_json(file)
+        if now and now.get("updated") != before.get("updated"):
+            return now.get("state") == "running"
+    return False
 
 
 def _place() -> str | None:

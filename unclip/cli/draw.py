@@ -45,13 +45,10 @@ class Setting:
     batch_size: int = BATCH
     columns: int = 1  # of the grid
     grid: bool = False
-    tokens: tuple[str, ...] = ()  # files of learned ones
 
     @classmethod
-    def of(
-        cls, series: Series, options: dict[str, Any], columns: int | None = None, tokens: Sequence[str] | None = None
-    ) -> Setting:
-        return cls(series, options, series.batch_size, columns or series.num_images, series.grid, tuple(tokens or ()))
+    def of(cls, series: Series, options: dict[str, Any], columns: int | None = None) -> Setting:
+        return cls(series, options, series.batch_size, columns or series.num_images, series.grid)
 
     def load(self) -> UnCLIP:
         """The model, without the upsamplers that the size does not need."""
@@ -64,7 +61,7 @@ class Setting:
             dtype=drawing.torch_dtype,
             size=self.options.get("size"),
             adapters=drawing.adapter or (),
-            tokens=self.tokens,
+            tokens=drawing.token or (),
         )
 
 
@@ -84,15 +81,14 @@ def sample(
     rerank: opt.Rerank = None,
     keep: opt.Keep = None,
     guidance_text: opt.GuidanceText = None,
-    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
 ) -> None:
     """Draw pictures for prompts.
 
-    The bundled model knows emoji names, such as pizza, red apple or rainbow: `unclip info --json` lists them
-    all under model.example_prompts. The same seed gives the same picture, whatever else is drawn beside it.
+    The bundled model knows the names of emoji, such as pizza, red apple or rainbow: `unclip info --json` lists those it
+    draws best under model.example_prompts. The same seed gives the same picture, whatever else is drawn beside it.
     """
     prompts = [*(prompt or []), *(opt.read_prompts(prompts_file) if prompts_file is not None else [])]
     if not prompts:
@@ -106,7 +102,7 @@ def sample(
     writer = drawing.writer(len(prompts) * kept if kept else len(jobs))
     sampling = options.given(size=size, guidance_text=guidance_text)
     shown = {**sampling, **away}
-    setting = Setting.of(drawing, shown, columns=kept, tokens=token)
+    setting = Setting.of(drawing, shown, columns=kept)
     system = setting.load()
     if kept:
         produce_best(prompts, drawing.num_images, kept, drawing.seed, {**sampling, **away}, system, setting, writer)
@@ -238,8 +234,6 @@ def _metadata(job: Job, image: Image, name: str, setting: Setting) -> dict[str, 
         "dtype": setting.drawing.dtype.value,
         **setting.drawing.told(),
     }
-    if setting.tokens:
-        text["tokens"] = opt.places(setting.tokens)
     chosen = {key: value for key, value in setting.options.items() if key != "size"}
     return {**text, "options": json.dumps(chosen)} if chosen else text
 

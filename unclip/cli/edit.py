@@ -111,7 +111,6 @@ def inpaint(
     size: Size = None,
     jump_length: JumpLength = None,
     resamplings: Resamplings = None,
-    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
@@ -135,7 +134,7 @@ def inpaint(
     own = {**opt.given(keep_embedding=keep_embedding, context=context), "crop": crop.value}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
     shown = {**sampling, **own, **way, "dilate": dilate, "feather": feather}
-    setting = Setting.of(drawing, shown, tokens=token)
+    setting = Setting.of(drawing, shown)
     jobs = _jobs(image, "inpainted", prompt, drawing.seed, drawing.num_images, {"mask": str(mask)})
     _run("inpaint", jobs, (picture, painted, prompt), {**sampling, **own}, way, setting)
 
@@ -172,7 +171,6 @@ def outpaint(
     size: Size = None,
     jump_length: JumpLength = None,
     resamplings: Resamplings = None,
-    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
@@ -190,7 +188,7 @@ def outpaint(
     own = {**opt.given(keep_embedding=keep_embedding, frame=frame, to=to), **sides, "overlap": overlap}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
     shown = {**sampling, **own, **way}
-    setting = Setting.of(drawing, shown, tokens=token)
+    setting = Setting.of(drawing, shown)
     jobs = _jobs(image, "outpainted", prompt, drawing.seed, drawing.num_images)
     _run("outpaint", jobs, (picture, prompt), {**sampling, **own}, way, setting)
 
@@ -206,7 +204,6 @@ def edit(
     ] = 0.6,
     keep_embedding: KeepEmbedding = None,
     size: opt.Size = None,
-    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
@@ -224,7 +221,7 @@ def edit(
     _check_shown(prompt, keep_embedding)
     sampling = options.given(size=size, keep_embedding=keep_embedding)
     sampling["strength"] = strength
-    setting = Setting.of(drawing, sampling, tokens=token)
+    setting = Setting.of(drawing, sampling)
     jobs = _jobs(image, "edited", prompt, drawing.seed, drawing.num_images, {"strength": strength})
     _run("edit", jobs, (picture, prompt), sampling, {}, setting)
 

@@ -30,7 +30,14 @@ def embed(
         str | None, typer.Option(help="A CLIP by itself, as a run's `clip` names it, in the place of --model.")
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Captioned images, as a run's data.source names them.", rich_help_panel=_DATASET)
+        str | None,
+        typer.Option(
+            "--dataset",
+            "--data",
+            metavar="SOURCE",
+            help="Captioned images, as a run's data.source names them.",
+            rich_help_panel=_DATASET,
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="The data's split.", rich_help_panel=_DATASET)] = "train",
     streaming: Annotated[

@@ -62,9 +62,8 @@ def explain(error: Exception) -> tuple[str, int]:
     ):  # typer's usage errors; their module differs between typer's versions
         context = getattr(error, "ctx", None)
         where = f"{context.command_path} --help" if context is not None else "unclip --help"
-        return f"{_sentence(error.format_message().replace('Value error, ', ''))} (see `{where}`)", int(
-            getattr(error, "exit_code", 2)
-        )
+        text = _sentence(error.format_message().replace("Value error, ", "")) + _received(error) + _remedy(error)
+        return f"{text} (see `{where}`)", int(getattr(error, "exit_code", 2))
     if is_out_of_memory(error):
         return (
             "out of memory; try a smaller --size, --batch-size 1 or another --device",
@@ -72,6 +71,24 @@ def explain(error: Exception) -> tuple[str, int]:
         )
     hint = "run with --debug for the traceback"
     return f"unexpected {type(error).__name__}: {_first_line(error)} ({hint})", 1
+
+
+def _received(error: Exception) -> str:
+    """What came, where typer hands on pydantic's sentence, which leaves that out."""
+    cause: Any = error.__cause__
+    if not hasattr(cause, "errors") or "Input should" not in str(error):
+        return ""
+    return f", got {cause.errors()[0]['input']!r}"
+
+
+def _remedy(error: Exception) -> str:
+    """What to do about words that belong to no option: of a command of prompts they are one, or the rest of one."""
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    if "unexpected extra argument" not in str(error) or command is None:
+        return ""
+    if any("--prompt" in getattr(parameter, "opts", ()) for parameter in command.params):
+        return "; a prompt stands behind --prompt, in quotes if it has several words: --prompt 'red apple'"
+    return ""
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -53,7 +53,6 @@ def interpolate(
     seed: opt.Seed = 0,
     size: opt.Size = None,
     grid: Grid = False,
-    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Drawing,
@@ -73,7 +72,7 @@ def interpolate(
     own: dict[str, Any] = {"frames": frames, "loop": loop, "noise": noise, "steps": steps, "refinements": refinements}
     writer, films = drawing.writer(count), Animations(animate, fps, drawing.overwrite)
     shown = {**sampling, **own, "ends": names}
-    setting = Setting(drawing, shown, grid=grid, tokens=tuple(token or ()))
+    setting = Setting(drawing, shown, grid=grid)
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:
@@ -98,7 +97,6 @@ def textdiff(
     seed: opt.Seed = 0,
     size: opt.Size = None,
     grid: Grid = False,
-    token: opt.Token = None,
     *,
     options: Upsampling,
     drawing: Drawing,
@@ -120,7 +118,7 @@ def textdiff(
     sampling = options.given(size=size)
     own: dict[str, Any] = {"max_theta": max_theta, "frames": frames, "steps": steps, "refinements": refinements}
     shown = {**sampling, **own, "from": base, "to": target}
-    setting = Setting(drawing, shown, grid=grid, tokens=tuple(token or ()))
+    setting = Setting(drawing, shown, grid=grid)
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:
@@ -131,24 +129,20 @@ def textdiff(
 
 
 def read_ends(ends: list[str], images: list[Path], prompts: list[str]) -> tuple[list[Any], list[str]]:
-    """Ends as UnCLIP.between takes them, and their names. UsageError: fewer than two, or an empty one."""
+    """Ends as UnCLIP.between takes them, and their names. UsageError: fewer than two, an empty one, a picture's file
+    that is not there.
+    """
     from unclip.data.images import load_image
     from unclip.manipulation import Prompt
 
-    known: list[Any] = []
-    for end in ends:
-        if not end.strip():
-            raise UsageError("an end is empty; name a picture's file or a prompt")
-        known.append(load_image(end) if Path(end).expanduser().is_file() else Prompt(end))
-    known += [load_image(image) for image in images]
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UsageError("an end is empty; name a picture's file or a prompt")
-        known.append(Prompt(prompt))
-    names = [*ends, *map(str, images), *prompts]
-    if len(known) < 2:
-        raise UsageError(f"an interpolation goes between 2 or more pictures or prompts, got {len(known)}")
-    return known, [Path(name).name if Path(name).expanduser().is_file() else name for name in names]
+    if not all(text.strip() for text in (*ends, *prompts)):
+        raise UsageError("an end is empty; name a picture's file or a prompt")
+    named: list[Path | str] = [opt.picture_named(end) or end for end in ends]
+    named += [*images, *prompts]
+    if len(named) < 2:
+        raise UsageError(f"an interpolation goes between 2 or more pictures or prompts, got {len(named)}")
+    known = [load_image(end) if isinstance(end, Path) else Prompt(end) for end in named]
+    return known, [end.name if isinstance(end, Path) else end for end in named]
 
 
 def _film(

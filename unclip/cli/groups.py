@@ -66,14 +66,25 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Drawing(Place):
-    """Of the commands that draw."""
+class Adapted(Place):
+    """Of the commands whose stages may have adapters."""
 
     adapter: opt.Adapter = None
 
     def told(self) -> dict[str, str]:
         """What a picture itself says of the adapters that it was drawn with."""
         return {"adapters": opt.places(self.adapter)} if self.adapter else {}
+
+
+@dataclass(frozen=True)
+class Drawing(Adapted):
+    """Of the commands that draw from prompts."""
+
+    token: opt.Token = None
+
+    def told(self) -> dict[str, str]:
+        """Of the learned tokens too."""
+        return {**super().told(), **({"tokens": opt.places(self.token)} if self.token else {})}
 
 
 @dataclass(frozen=True)

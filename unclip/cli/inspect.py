@@ -118,10 +118,12 @@ def _readable(body: dict[str, Any]) -> str:
     for part, facts in model["parts"].items():
         defaults = ", ".join(f"{key} {value}" for key, value in facts["defaults"].items())
         numbers = f"{facts['parameters'] / 1e6:7.2f} M parameters, {facts['bytes'] / 1e6:6.1f} MB"
+        if facts["missing"]:
+            numbers = f"cannot be used: {', '.join(facts['missing'])} is missing"
         lines.append(f"  {part:<15} {numbers}{'; ' + defaults if defaults else ''}{_in_latents(facts)}")
     known = model["example_prompts"]
     if known:
         shown = ", ".join(known[:12])
-        more = f", … ({len(known)} in all; --json lists them)" if len(known) > 12 else ""
+        more = f", … ({len(known)} are named; --json lists them)" if len(known) > 12 else ""
         lines.append(f"prompts   {shown}{more}")
     return "\n".join(lines)

@@ -18,8 +18,6 @@ from unclip.errors import UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".ico", ".jp2")
-
 
 def mix(
     parts: Annotated[
@@ -37,7 +35,6 @@ def mix(
         bool, typer.Option("--text-embedding", help="CLIP's text embedding of prompts, without the prior.")
     ] = False,
     size: opt.Size = None,
-    token: opt.Token = None,
     *,
     options: Sampling,
     drawing: Series,
@@ -61,7 +58,7 @@ def mix(
     writer = drawing.writer(len(jobs))
     sampling = options.given(size=size)
     shown = {**sampling, **recipe}
-    setting = Setting.of(drawing, shown, tokens=token)
+    setting = Setting.of(drawing, shown)
     system = setting.load()
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
@@ -83,34 +80,40 @@ def read_parts(parts: Sequence[str]) -> tuple[list[tuple[Path, float]], list[tup
     """'a.png:0.6', 'snow:0.4', … -> pictures and prompts with their weights.
 
     What stands behind the last colon is the weight where it is a number, else 1. UsageError: nothing before it, a
-    weight that is not finite, a picture's file that is not there.
+    weight that is not finite, one with a decimal comma, something else behind a picture's file, a picture's file that
+    is not there.
     """
     pictures: list[tuple[Path, float]] = []
     prompts: list[tuple[str, float]] = []
     for part in parts:
-        name, colon, tail = part.rpartition(":")
-        try:
-            weight = float(tail) if colon else 1.0
-        except ValueError:
-            name, weight = part, 1.0
-        if not colon:
-            name = part
+        name, weight = _weighted(part)
         if not name.strip():
             raise UsageError(f"the part {part!r} of the mixture names nothing; expected IMAGE:WEIGHT or PROMPT:WEIGHT")
         if not isfinite(weight):
             raise UsageError(f"the weight of {name!r} is {weight}; expected a finite number")
-        file = Path(name).expanduser()
-        if _is_file(file):
+        file = opt.picture_named(name)
+        if file is not None:
             pictures.append((file, weight))
-        elif file.suffix.lower() in _IMAGES:
-            raise UsageError(f"there is no image file at {name}; a prompt does not end in {file.suffix}")
         else:
             prompts.append((name, weight))
     return pictures, prompts
 
 
-def _is_file(file: Path) -> bool:
+def _weighted(part: str) -> tuple[str, float]:
+    """What a part names, and its weight."""
+    name, colon, tail = part.rpartition(":")
+    if not colon:
+        return part, 1.0
     try:
-        return file.is_file()
-    except OSError:  # a prompt too long for a file's name
+        return name, float(tail)
+    except ValueError:
+        if _is_number(tail.replace(",", ".", 1)) or opt.picture_named(name) is not None:
+            raise UsageError(f"{tail!r} behind {name!r} is no weight; expected a number, such as {name}:0.5") from None
+        return part, 1.0
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return isfinite(float(text))
+    except ValueError:
         return False

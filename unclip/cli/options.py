@@ -13,6 +13,7 @@ import typer
 from unclip.errors import UsageError
 
 LARGEST_SEED = 2**32 - 1
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".ico", ".jp2")
 
 
 class Dtype(str, Enum):
@@ -75,7 +76,9 @@ Token = Annotated[
 Device = Annotated[
     str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Where it runs; auto takes CUDA if there is one.")
 ]
-Precision = Annotated[Dtype, typer.Option("--dtype", help="Precision of the networks.")]
+Precision = Annotated[
+    Dtype, typer.Option("--dtype", metavar="|".join(Dtype.__members__), help="Precision of the networks.")
+]
 Guidance = Annotated[
     float | None,
     typer.Option(min=0, help="The decoder's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
@@ -192,6 +195,21 @@ def kept_of(rerank: Reranker | None, keep: int | None, drawn: int) -> int | None
     if kept > drawn:
         raise UsageError(f"--keep {kept} is more than the {drawn} pictures drawn of each prompt; raise --num-images")
     return kept
+
+
+def picture_named(text: str) -> Path | None:
+    """The picture's file that a text names, None where it is a prompt. UsageError: it ends as a picture's name does,
+    and there is no such file; drawn as a prompt it would be something else than what was meant.
+    """
+    file = Path(text).expanduser()
+    try:
+        if file.is_file():
+            return file
+    except OSError:  # a prompt too long for a file's name
+        return None
+    if file.suffix.lower() in _PICTURES:
+        raise UsageError(f"there is no image file at {text}; a prompt does not end in {file.suffix}")
+    return None
 
 
 def read_prompts(file: Path) -> list[str]:

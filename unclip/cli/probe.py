@@ -10,7 +10,7 @@ import typer
 from unclip.cli import options as opt
 from unclip.cli.groups import Decoding, Sampling, Upsampling
 from unclip.cli.progress import Bars
-from unclip.cli.sheets import Columns, Sheets, fitted, prepare
+from unclip.cli.sheets import Columns, Prompt, PromptOption, Sheets, fitted, one_prompt, prepare
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,7 +116,8 @@ def typographic(
 
 
 def compare_conditioning(
-    prompt: Annotated[str, typer.Argument(help="What the pictures show.")],
+    words: Prompt = None,
+    named: PromptOption = None,
     num_images: Columns = 4,
     guidance_text: opt.GuidanceText = None,
     *,
@@ -130,6 +131,7 @@ def compare_conditioning(
     """
     from unclip.data.lettering import labelled_sheet
 
+    prompt = one_prompt(words, named)
     options = sampling.given(guidance_text=guidance_text)
     sheet = prepare("compare-conditioning", asked, options)
     with Bars(asked.quiet) as bars:
@@ -145,7 +147,8 @@ def compare_conditioning(
 
 
 def guidance_sheet(
-    prompt: Annotated[str, typer.Argument(help="What the pictures show.")],
+    words: Prompt = None,
+    named: PromptOption = None,
     scales: Annotated[
         list[float] | None, typer.Option(metavar="S S …", help="The decoder's scales (default: 1 2 3 4).")
     ] = None,
@@ -168,6 +171,7 @@ def guidance_sheet(
     """
     from unclip.data.lettering import labelled_sheet
 
+    prompt = one_prompt(words, named)
     options = sampling.given(guidance_text=guidance_text, prior_steps=prior_steps, decoder_steps=decoder_steps)
     chosen = scales or [1.0, 2.0, 3.0, 4.0]
     sheet = prepare("guidance-sheet", asked, options)

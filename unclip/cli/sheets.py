@@ -11,6 +11,7 @@ import typer
 from unclip.cli import options as opt
 from unclip.cli.groups import Place
 from unclip.cli.output import PictureWriter
+from unclip.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +31,19 @@ Cell = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise; column i is drawn with seed + i.")]
 Columns = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Pictures of each, with seeds of their own.")]
+Prompt = Annotated[str | None, typer.Argument(help="What the pictures show.", show_default=False)]
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="The same, named as in `unclip sample`.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else.")]
+
+
+def one_prompt(argument: str | None, option: str | None) -> str:
+    """The prompt of a sheet, which stands by itself or behind --prompt. UsageError: in neither place, or in both."""
+    given = [text for text in (argument, option) if text is not None]
+    if len(given) != 1:
+        raise UsageError(f"a sheet is of one prompt, got {len(given)}; name one, such as --prompt 'red apple'")
+    return given[0]
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,9 @@ def pairs(
     name: Annotated[
         str | None, typer.Option("--suite", metavar="NAME|FILE", help="The prompts of a suite (default: general).")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Prompts of a text file, one a line.")] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts of a text file, one a line.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The folder for the sheets; new or empty.")] = Path("pairs"),
     key: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Which side is which (default: OUT-key.json, beside it).")
@@ -203,9 +205,9 @@ def pairs(
     check(out, place)
     check_writable(out)
     check_writable(place.parent)
-    if name is not None and prompts is not None:
-        raise UsageError("both --suite and --prompts name what is drawn; expected one of them")
-    several = opt.read_prompts(prompts) if prompts is not None else suites.load_suite(name or "general").prompts
+    if name is not None and prompts_file is not None:
+        raise UsageError("both --suite and --prompts-file name what is drawn; expected one of them")
+    several = suites.load_suite(name or "general").prompts if prompts_file is None else opt.read_prompts(prompts_file)
     settings = [_settings("--set-a", set_a), _settings("--set-b", set_b)]
     if b is None and settings[0] == settings[1]:
         raise UsageError("A and B are the same model with the same settings; name another with --b or --set-b")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from unclip.cli import options as opt
-from unclip.cli.groups import Drawing
+from unclip.cli.groups import Adapted
 from unclip.cli.progress import Bars
 
 _SAMPLING = "How it samples (default: the model's own)"
@@ -58,7 +58,7 @@ class Stages:
 
 
 @dataclass(frozen=True)
-class Alone(Drawing):
+class Alone(Adapted):
     seed: Annotated[int, typer.Option(min=0, max=opt.LARGEST_SEED, help="The noise, the same for all.")] = 0
 
 

@@ -60,7 +60,8 @@ def decode_raw(
     else:
         label, file = name or str(source), Path(source)
         if not file.is_file():
-            raise ImageError(f"there is no image file at {source}")
+            folder = f"{source} is a folder, expected an image file"
+            raise ImageError(folder if file.is_dir() else f"there is no image file at {source}")
     try:
         with Image.open(file, formats=_known_formats()) as image:
             _refuse_bomb(image, label)

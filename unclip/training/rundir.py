@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from unclip.config import Config, TrainConfig
 from unclip.errors import UnclipError
+from unclip.runs import trainer_of
 from unclip.training.distributed import Distributed
 from unclip.training.guard import ENDED
 from unclip.training.settings import deepspeed_config
@@ -18,7 +19,7 @@ from unclip.training.settings import deepspeed_config
 
 def open_run(run_dir: Path, run_config: Config, train: TrainConfig, distributed: Distributed) -> None:
     """Make the folder and record the configuration and DeepSpeed's; refuse a folder that holds a run of another
-    model."""
+    model, or in which another process trains."""
     file = run_dir / "config.yaml"
     body = run_config.model_dump(mode="json")
     try:
@@ -27,7 +28,12 @@ def open_run(run_dir: Path, run_config: Config, train: TrainConfig, distributed:
             before = yaml.safe_load(file.read_text(encoding="utf-8"))
             if isinstance(before, dict) and _model_of(before, run_config) != body.get("model"):
                 raise UnclipError(f"{run_dir} holds a run of another model (see {file}); choose another train.run_dir")
-        if distributed.is_main:
+        if distributed.is_main:  # the others might meet the status that this one writes soon
+            other = trainer_of(run_dir)
+            if other is not None:
+                raise UnclipError(
+                    f"{other} trains in {run_dir} already; let it end, stop it, or choose another train.run_dir"
+                )
             (run_dir / ENDED).unlink(missing_ok=True)
             _record(file, yaml.safe_dump(body, sort_keys=False))
             settings = deepspeed_config(train, distributed.world_size)
