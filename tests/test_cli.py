@@ -208,6 +208,32 @@ def test_a_long_prompt_warns_in_one_line(run_cli: Run, tiny_bundle: Path, tmp_pa
     assert err.startswith("unclip: warning: the prompt is longer than CLIP's 12 tokens and was cut; dropped:")
 
 
+SOLVING: list[tuple[list[object], dict[str, object]]] = [
+    (["--sampler", "dpmpp_2m", "--decoder-steps", 4], {"sampler": "dpmpp_2m", "decoder_steps": 4}),
+    (["--eta", 1, "--decoder-steps", 4], {"eta": 1.0, "decoder_steps": 4}),
+    (
+        ["--guidance", 3, "--guidance-interval", 0.2, 0.6, "--guidance-rescale", 0.5],
+        {"guidance": 3.0, "guidance_interval": (0.2, 0.6), "guidance_rescale": 0.5},
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "options"), SOLVING, ids=["sampler", "eta", "interval"])
+def test_the_decoders_sampler_is_as_in_python(
+    given: list[object], options: dict[str, object], run_cli: Run, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    from unclip.pipeline import UnCLIP
+
+    command = ["sample", "--model", tiny_bundle, "--prompt", "pizza", "--size", 64, "--device", "cpu"]
+    code, _, err = run_cli(*command, "--out", tmp_path / "a.png", *given)
+    assert code == 0, err
+    code, _, err = run_cli(*command, "--out", tmp_path / "plain.png")
+    assert code == 0, err
+    drawn = UnCLIP.from_pretrained(tiny_bundle, device="cpu").sample("pizza", size=64, **options)[0]  # type: ignore[call-overload]
+    with Image.open(tmp_path / "a.png") as kept, Image.open(tmp_path / "plain.png") as plain:
+        assert kept.tobytes() == drawn.tobytes() != plain.tobytes()
+
+
 def test_embed_decode_and_variations(run_cli: Run, tiny_bundle: Path, tmp_path: Path) -> None:
     """Pictures of every kind become embeddings, and embeddings become the pictures that variations makes."""
     noise = np.random.default_rng(0)

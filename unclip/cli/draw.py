@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unclip.cli import options as opt
-from unclip.cli.groups import BATCH, Decoding, Drawing, Sampling, Series
+from unclip.cli.groups import BATCH, Decoding, Drawing, Sampling, Series, Solving
 from unclip.cli.output import PictureWriter, grid_columns, thumbnail
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
@@ -83,6 +83,7 @@ def sample(
     guidance_text: opt.GuidanceText = None,
     *,
     options: Sampling,
+    solving: Solving,
     drawing: Series,
 ) -> None:
     """Draw pictures for prompts.
@@ -100,7 +101,7 @@ def sample(
         raise UsageError("--negative-embedding is of a negative prompt, and none is given; add --negative-prompt")
     jobs = [Job(text, drawing.seed + i, prompt=text) for text in prompts for i in range(drawing.num_images)]
     writer = drawing.writer(len(prompts) * kept if kept else len(jobs))
-    sampling = options.given(size=size, guidance_text=guidance_text)
+    sampling = options.given(size=size, guidance_text=guidance_text, **solving.given())
     shown = {**sampling, **away}
     setting = Setting.of(drawing, shown, columns=kept)
     system = setting.load()
@@ -122,6 +123,7 @@ def decode(
     size: opt.Size = None,
     *,
     options: Decoding,
+    solving: Solving,
     drawing: Series,
 ) -> None:
     """Draw pictures straight from CLIP image embeddings, such as `unclip embed` or your own model writes."""
@@ -129,7 +131,7 @@ def decode(
 
     array = read_embeddings(embeddings)
     writer = drawing.writer((1 if array.ndim == 1 else len(array)) * drawing.num_images)
-    sampling = options.given(size=size)
+    sampling = options.given(size=size, **solving.given())
     setting = Setting.of(drawing, sampling)
     system = setting.load()
     rows = check_embeddings(array, system.clip.embedding_dim)

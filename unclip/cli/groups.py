@@ -118,6 +118,20 @@ class Decoding(Upsampling):
 
 
 @dataclass(frozen=True)
+class Solving:
+    """What the decoder's sampler does, for the commands that draw plainly."""
+
+    guidance_interval: opt.GuidanceInterval = None
+    guidance_rescale: opt.GuidanceRescale = None
+    sampler: opt.Sampler = None
+    eta: opt.Eta = None
+
+    def given(self) -> dict[str, Any]:
+        """These, as far as they are given."""
+        return opt.given(**vars(self))
+
+
+@dataclass(frozen=True)
 class Sampling(Decoding):
     """How all stages sample."""
 

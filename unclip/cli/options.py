@@ -91,6 +91,32 @@ GuidanceText = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
+GuidanceInterval = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="LOW HIGH",
+        help="Where the decoder is guided, as fractions of its timesteps, such as 0.2 0.8 (default: all).",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+GuidanceRescale = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="How far guidance's excess of contrast is taken back, 0 to 1.", rich_help_panel=_SAMPLING
+    ),
+]
+Sampler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The decoder's sampler: ddim, ddpm, dpmpp_2m, unipc, plms, pndm or analytic.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(min=0, help="Noise of the decoder's ddim steps; 0 is none.", rich_help_panel=_SAMPLING),
+]
 PriorGuidance = Annotated[
     float | None,
     typer.Option(min=0, help="The prior's guidance scale; 1 is none.", rich_help_panel=_SAMPLING),
