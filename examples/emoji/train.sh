@@ -66,7 +66,8 @@ bundle --out "$RUNS/draws"
 drafts "$DATA/emoji_natural" "$DATA/emoji_drafts" 3100
 drafts "$DATA/emoji_1024" "$DATA/emoji_drafts_familiar" 1320
 pairs="data.sources=[{source: $DATA/emoji_drafts, low_column: draft, weight: 2},"
-pairs+=" {source: $DATA/emoji_drafts_familiar, low_column: draft, weight: 2}, {source: $DATA/emoji_1024, weight: 1}]"
+pairs+=" {source: $DATA/emoji_drafts_familiar, low_column: draft, weight: 2},"
+pairs+=" {source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}]"
 stage train_upsampler.py --config configs/upsampler/emoji_64_to_256_drafts.yaml "$pairs" \
     train.run_dir="$RUNS/upsampler_256_drafts" init_from="$RUNS/upsampler_256/model"
 
