@@ -24,7 +24,7 @@ class TextTransformer(nn.Module):
     """
 
     def __init__(self, config: GlideText, checkpoint_activations: bool = False) -> None:
-        from x_transformers import Encoder
+        from unclip.nn.transformers import Encoder
 
         super().__init__()
         self.checkpoint_activations = checkpoint_activations

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from x_transformers import Decoder as CausalTransformer
-from x_transformers import Encoder as BidirectionalTransformer
-from x_transformers.x_transformers import Attention
-from x_transformers.x_transformers import LayerNorm as BiaslessLayerNorm
 
 from prior.config import SharedConfig, TextEncoderConfig
 from unclip.clip import TextFeatures
 from unclip.errors import UnclipError
 from unclip.nn.embeddings import random_parameter
+from unclip.nn.transformers import Attention
+from unclip.nn.transformers import Decoder as CausalTransformer
+from unclip.nn.transformers import Encoder as BidirectionalTransformer
+from unclip.nn.transformers import LayerNorm as BiaslessLayerNorm
 
 _LENGTH_STEP = 8
 

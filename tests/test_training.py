@@ -202,6 +202,22 @@ def test_wandb_is_online_when_somebody_is_logged_in(
     assert (started[0]["mode"], started[0]["name"], started[0]["config"]) == (mode, "a run", {"seed": 3})
 
 
+def test_a_start_is_quiet(tmp_path: Path) -> None:
+    """What the libraries say of their own future is no news to who trains."""
+    code = (
+        "import prior.conditioning, decoder.text, upsamplers.train, wandb\n"
+        "from unclip.training.wandb_run import _stored_key\n"
+        "print(_stored_key(wandb))"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "WANDB_CONFIG_DIR": str(tmp_path)}
+    environment.pop("WANDB_API_KEY", None)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "None"
+    assert "deprecated" not in result.stderr
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 

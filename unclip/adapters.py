@@ -76,9 +76,8 @@ def below(name: str, pattern: str) -> bool:
 
 
 def _layers_of(network: nn.Module, kind: str) -> Iterator[str]:
-    from x_transformers.x_transformers import Attention, FeedForward
-
     from unclip.nn.blocks import AttentionBlock
+    from unclip.nn.transformers import Attention, FeedForward
 
     known: dict[str, tuple[type[nn.Module], ...]] = {
         "attention": (AttentionBlock, Attention),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import warnings
 from collections.abc import Mapping
@@ -41,7 +43,7 @@ class WandbRun:
 
             os.environ.setdefault("WANDB_SILENT", "true")
             if mode == "auto":
-                mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+                mode = "online" if os.environ.get("WANDB_API_KEY") or _stored_key(wandb) else "offline"
             self._options["id"] = _identity(run_dir, config.wandb.project)
             self._run = self._start(wandb, mode)
         except Exception as error:  # not installed, not logged in, no network, a full disk, a change of its interface
@@ -90,6 +92,15 @@ class WandbRun:
             f"Weights & Biases {what} ({_first_line(error)}); the training goes on without it",
             stacklevel=3,
         )
+
+
+def _stored_key(wandb: Any) -> str | None:
+    """The key that `wandb login` has stored. Newer releases print that this way is deprecated; what they offer instead
+    asks the service, which takes long where there is no network.
+    """
+    with contextlib.redirect_stderr(io.StringIO()):
+        key: str | None = wandb.api.api_key
+    return key
 
 
 def _identity(run_dir: Path, project: str) -> str:
