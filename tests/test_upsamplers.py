@@ -22,6 +22,7 @@ from upsamplers.config import BlurConfig, BSRConfig, NoCorruptionConfig, Upsampl
 from upsamplers.network import Upsampler, upsample
 from upsamplers.objective import downsample, upsampler_loss
 from upsamplers.sampling import KIND, UpsamplerStage
+from upsamplers.start import start_from, with_start
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "upsampler"
 SMALL: dict[str, Any] = {
@@ -45,6 +46,7 @@ RECIPES = {
     "synthetic_64_to_256": (0, 10),
     "synthetic_256_to_1024": (0, 20),
 }
+CONTINUED = {"emoji_64_to_256_drafts": "emoji_64_to_256"}  # recipes that go on with a trained upsampler, and its own
 
 
 def small(**changes: Any) -> UpsamplerConfig:
@@ -289,8 +291,19 @@ def test_recipe_builds_with_its_stated_size(name: str) -> None:
             assert counter.get_total_flops() <= most_gflop * 1e9
 
 
+@pytest.mark.parametrize("name", sorted(CONTINUED))
+def test_a_recipe_that_goes_on_fits_what_it_starts_from(name: str) -> None:
+    before = load_config(UpsamplerRunConfig, CONFIGS / f"{CONTINUED[name]}.yaml").model
+    config = load_config(UpsamplerRunConfig, CONFIGS / f"{name}.yaml", ["init_from=emoji"])
+    filled, start = with_start(config)
+    assert start is not None and filled.model.unet == before.unet
+    assert (filled.model.low_size, filled.model.high_size) == (before.low_size, before.high_size)
+    assert filled.data.low_size == before.low_size and filled.data.has_low
+    start_from(Upsampler(filled.model), start.folder)
+
+
 def test_every_recipe_is_tested() -> None:
-    assert {file.stem for file in CONFIGS.glob("*.yaml")} == set(RECIPES)
+    assert {file.stem for file in CONFIGS.glob("*.yaml")} == {*RECIPES, *CONTINUED}
 
 
 @pytest.mark.parametrize(
