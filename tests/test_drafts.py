@@ -105,7 +105,11 @@ def check_pairs(batch: Any, edge: int) -> None:
 # ---- the data ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"cache": True}, {"streaming": True}], ids=["index", "cache", "stream"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cache": True}, {"streaming": True}, {"workers": 1}],
+    ids=["index", "cache", "stream", "workers"],
+)
 @pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
 def test_crops_and_flips_of_a_pair_agree(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     make: Any = {"folder": folder_of, "tar": tar_of, "parquet": parquet_of}[kind]
@@ -178,6 +182,14 @@ def test_the_run_says_the_size(tmp_path: Path) -> None:
     assert parse_config(UpsamplerRunConfig, body).data.low_size == LOW
     with pytest.raises(UsageError, match=r"low_size is 16, expected model.low_size 8"):
         parse_config(UpsamplerRunConfig, {**body, "data": {**body["data"], "low_size": 16}})  # type: ignore[dict-item]
+    plain = {"model": model, "data": {"image_size": 32}}
+    assert parse_config(UpsamplerRunConfig, plain).data.low_size is None
+    mixed = {"image_size": 32, "sources": [{"source": "a", "low_column": "draft"}, {"source": "b"}]}
+    assert parse_config(UpsamplerRunConfig, {"model": model, "data": mixed}).data.low_size == LOW
+    for wrong in (3, None):
+        for given in ({"data": body["data"]}, {"data": {}, "crop_fraction": 0.25}):
+            with pytest.raises(UsageError, match="model: input should be"):
+                parse_config(UpsamplerRunConfig, {"model": wrong, **given})
     late = {"init_from": "somewhere", "data": {"image_size": 32, "low_column": "draft"}}
     first = parse_config(UpsamplerRunConfig, late)
     assert first.data.low_size is None
@@ -268,6 +280,8 @@ def test_what_drafts_refuse(tiny_bundle: Path, tmp_path: Path, run_cli: Run) -> 
     assert code == 2 and "--size 100 is not a multiple (2 or more) of --low-size 64" in err
     code, _, err = run_cli(*command, "--out", out, "--set", "crop_size=32")
     assert code == 2 and "leave image_size and crop_size out" in err
+    code, _, err = run_cli(*command, "--out", out, "--set", "horizontal_flip=true")
+    assert code == 2 and "leave horizontal_flip, augment and restyle out" in err
     code, _, err = run_cli(*command, "--out", out, "--low-size", 8, "--size", 16)
     assert code == 2 and "8" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]

@@ -251,7 +251,7 @@ class UpsamplerRunConfig(Config):
         if isinstance(data, DataConfig):
             data = data.model_dump()
         usual = data.get("image_size", 256) if isinstance(data, dict) and body.get("init_from") else 256
-        size = model.high_size if isinstance(model, UpsamplerConfig) else model.get("high_size", usual)
+        size = _edge_of(model, "high_size", usual)
         if not isinstance(data, dict) or not isinstance(size, int):
             return body
         crop = round(size * fraction)
@@ -265,11 +265,10 @@ class UpsamplerRunConfig(Config):
     def _low_size(cls, body: Any) -> Any:
         """The pictures of data.low_column have the edge of the model's condition."""
         model, data = (body.get("model", {}), body.get("data")) if isinstance(body, dict) else ({}, None)
-        if not isinstance(data, dict) or data.get("low_size") is not None:
+        if not isinstance(data, dict) or data.get("low_size") is not None or not _names_low(data):
             return body
         usual = None if body.get("init_from") else 64  # the checkpoint has it; the run fills it in again
-        size = model.low_size if isinstance(model, UpsamplerConfig) else model.get("low_size", usual)
-        return {**body, "data": {**data, "low_size": size}}
+        return {**body, "data": {**data, "low_size": _edge_of(model, "low_size", usual)}}
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> UpsamplerRunConfig:
@@ -290,3 +289,18 @@ class UpsamplerRunConfig(Config):
             if crop % whole:
                 raise ValueError(f"data.crop_size {crop} is no whole number of latents; take a multiple of {whole}")
         return self
+
+
+def _edge_of(model: Any, name: str, usual: int | None) -> int | None:
+    """An edge as the section `model` names it, before it is validated; None where it names none that could be one."""
+    value = model.get(name, usual) if isinstance(model, dict) else getattr(model, name, None)
+    return value if isinstance(value, int) else None
+
+
+def _names_low(data: dict[str, Any]) -> bool:
+    """Whether the section `data`, before it is validated, names a column of low-resolution pictures."""
+    sources = data.get("sources")
+    return any(
+        isinstance(part, dict) and part.get("low_column") is not None
+        for part in (data, *(sources if isinstance(sources, (list, tuple)) else ()))
+    )

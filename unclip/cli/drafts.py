@@ -55,6 +55,11 @@ def drafts(
     config = load_overrides(DataConfig, {"source": data, "image_size": size}, changes or [], origin="the data")
     if config.image_size != size or config.crop_size is not None:
         raise UsageError("the pictures are whole and of --size; leave image_size and crop_size out of --set")
+    if config.horizontal_flip or config.augment or config.restyle:
+        raise UsageError(
+            "the pictures are drawn as they are; leave horizontal_flip, augment and restyle out of --set, and set "
+            "horizontal_flip for the upsampler's run, which mirrors both of a pair"
+        )
     system = UnCLIP.from_pretrained(
         model, device=opt.own_device(device), dtype=getattr(torch, dtype.value), size=low_size
     )
