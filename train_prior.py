@@ -2,13 +2,24 @@
 deepspeed train_prior.py --config configs/prior/emoji.yaml [key=value …]
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from prior.config import PriorRunConfig
-from unclip.training import main_for
+from unclip.training.launch import main_for
 
-if __name__ == "__main__":
-    from functools import partial
+if TYPE_CHECKING:
+    from unclip.training import Distributed
 
-    from prior.train import run
+
+def run(config: PriorRunConfig, distributed: Distributed) -> None:
+    """Train; what computes is imported now that the configuration is known to be right."""
+    from prior.train import run as train
     from unclip.interop.folders import read_prior
 
-    main_for(PriorRunConfig, partial(run, foreign=read_prior), __doc__)
+    train(config, distributed, foreign=read_prior)
+
+
+if __name__ == "__main__":
+    main_for(PriorRunConfig, run, __doc__)

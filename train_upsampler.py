@@ -1,13 +1,23 @@
 """Train an upsampler: deepspeed train_upsampler.py --config configs/upsampler/emoji_64_to_256.yaml"""
 
-from unclip.training import main_for
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from unclip.training.launch import main_for
 from upsamplers.config import UpsamplerRunConfig
 
-if __name__ == "__main__":
-    from functools import partial
+if TYPE_CHECKING:
+    from unclip.training import Distributed
 
+
+def run(config: UpsamplerRunConfig, distributed: Distributed) -> None:
+    """Train; what computes is imported now that the configuration is known to be right."""
     from unclip.interop.folders import read_upsampler
-    from upsamplers.train import run
+    from upsamplers.train import run as train
 
-    description = "Train an upsampler (64 to 256 or 256 to 1024 pixels)."
-    main_for(UpsamplerRunConfig, partial(run, foreign=read_upsampler), description)
+    train(config, distributed, foreign=read_upsampler)
+
+
+if __name__ == "__main__":
+    main_for(UpsamplerRunConfig, run, __doc__)

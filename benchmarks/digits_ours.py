@@ -85,8 +85,8 @@ def train(folder: Path, data: Path, changes: Mapping[str, Any] | None = None) ->
     from prior.config import PriorRunConfig
     from prior.train import run as run_prior
     from unclip.training import current
-    from unclip.training.clip import ClipRunConfig
     from unclip.training.clip import run as run_clip
+    from unclip.training.clip_config import ClipRunConfig
 
     kinds: dict[str, tuple[Any, Any]] = {
         "clip": (ClipRunConfig, run_clip),

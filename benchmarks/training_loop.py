@@ -31,7 +31,7 @@ from prior.objective import prior_loss
 from unclip.config import Config, DiffusionConfig, OptimizerConfig, TrainConfig, WandbConfig, parse_config
 from unclip.data import Tally
 from unclip.diffusion import GaussianDiffusion
-from unclip.nn.unet import UNet, UNetConfig
+from unclip.nn import UNet, UNetConfig
 from unclip.training.distributed import current
 from unclip.training.engine import learning_rate_factor
 from unclip.training.guard import Signals

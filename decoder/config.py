@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from unclip.autoencoder import LatentConfig, check_latent
 from unclip.config import Config, DataConfig, DiffusionConfig, SamplerName, StepSpec, TrainConfig
+from unclip.config_latent import LatentConfig, check_latent
 from unclip.nn import UNetConfig
 
 

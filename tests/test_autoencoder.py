@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers_latent import latent_of, make_autoencoders
 
-from unclip.autoencoder import FrozenAutoencoder, LatentConfig, open_autoencoder, with_facts
+from unclip.autoencoder import FrozenAutoencoder, open_autoencoder, with_facts
 from unclip.config import parse_config
+from unclip.config_latent import LatentConfig
 from unclip.errors import UnclipError, UsageError
 
 EDGE = 32  # of a tile in pixels; the autoencoder has 2 pixels a latent's side

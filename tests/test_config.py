@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from unclip.bundle import read_json
 from unclip.clip import CONFIG_FILE, clip_folder
 from unclip.config import Config, DataConfig, DiffusionConfig, TrainConfig, load_config, parse_config
 from unclip.errors import UnclipError, UsageError
-from unclip.training.clip import ClipRunConfig
+from unclip.training.clip_config import ClipRunConfig
 from upsamplers import UpsamplerRunConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -188,14 +189,38 @@ def test_every_stage_has_recipes() -> None:
 
 # ---- light imports -----------------------------------------------------------------------------------------
 
+PACKAGES = ("data", "diffusion", "evaluation", "nn", "planning", "training")
+
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = (
-        "import sys, unclip, unclip.config, unclip.errors, unclip.data, upsamplers;"
+        "import sys, unclip, unclip.config, unclip.data, unclip.diffusion, unclip.evaluation, unclip.nn;"
+        "import unclip.planning, unclip.training, prior, decoder, upsamplers;"
         "print(*sorted(set(sys.modules) & {'torch', 'open_clip', 'deepspeed', 'datasets', 'wandb', 'PIL'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
     assert (done.stdout, done.returncode) == ("\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "upsampler"])
+def test_a_mistyped_configuration_is_told_before_anything_heavy_loads(stage: str) -> None:
+    """Of eight processes each would load PyTorch and the libraries of data and models, only to end."""
+    recipe = next((CONFIGS / stage).glob("*.yaml"))
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['train_{stage}.py', '--config', {str(recipe)!r}, 'train.step=3']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, *sorted(set(sys.modules) & {'torch', 'datasets', 'deepspeed'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
+    assert done.stdout == "2\n" and "train.step" in done.stderr, done.stderr
+
+
+def test_every_name_that_a_package_offers_is_there() -> None:
+    for name in ("unclip", *(f"unclip.{part}" for part in PACKAGES), "prior", "decoder", "upsamplers"):
+        package = importlib.import_module(name)
+        assert set(package.__all__) <= set(dir(package)), name
+        assert all(hasattr(package, offered) for offered in package.__all__), name
 
 
 def test_unknown_names_of_the_package() -> None:

@@ -15,7 +15,7 @@ import pytest
 from unclip.config import TrainConfig, load_config, parse_config
 from unclip.errors import UsageError
 from unclip.training import main_for
-from unclip.training.clip import ClipRunConfig
+from unclip.training.clip_config import ClipRunConfig
 from unclip.training.settings import deepspeed_config, settle
 
 ROOT = Path(__file__).parents[1]

@@ -113,7 +113,7 @@ def _build(recipe: Path) -> nn.Module:
         if stage == "clip":
             import open_clip
 
-            from unclip.training.clip import ClipRunConfig
+            from unclip.training.clip_config import ClipRunConfig
 
             shape = load_config(ClipRunConfig, recipe).model.open_clip_config()
             text = {key: value for key, value in shape["text_cfg"].items() if key != "tokenizer_kwargs"}

@@ -27,7 +27,7 @@ from unclip.clip import FrozenCLIP
 from unclip.config import TrainConfig, parse_config
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
-from unclip.training.clip import ClipRunConfig
+from unclip.training.clip_config import ClipRunConfig
 from unclip.training.finetune import Tuning, choose_trainable
 from unclip.training.start import Start, open_start
 from upsamplers import UpsamplerRunConfig

@@ -51,8 +51,8 @@ def curve(stage: str, folder: Path, clip: Path) -> list[float]:
     from prior.train import run as run_prior
     from unclip.config import parse_config
     from unclip.training import current
-    from unclip.training.clip import ClipRunConfig
     from unclip.training.clip import run as run_clip
+    from unclip.training.clip_config import ClipRunConfig
     from upsamplers.config import UpsamplerRunConfig
     from upsamplers.train import run as run_upsampler
 

@@ -343,7 +343,7 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
 def test_the_stage_follows_from_the_configuration() -> None:
     from decoder.config import DecoderRunConfig
     from prior.config import PriorRunConfig
-    from unclip.training.clip import ClipRunConfig
+    from unclip.training.clip_config import ClipRunConfig
     from upsamplers.config import UpsamplerRunConfig
 
     bodies = {"prior": PriorRunConfig, "decoder": DecoderRunConfig, "upsampler": UpsamplerRunConfig}

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unclip.nn import UNet, UNetConfig, watch_attention
 from unclip.nn.blocks import BlockOptions, ResBlock
-from unclip.nn.efficient_unet import EfficientUNet, EfficientUNetConfig
+from unclip.nn.config import EfficientUNetConfig
+from unclip.nn.efficient_unet import EfficientUNet
 from unclip.nn.sparing import conv_and_shift, conv_and_shortcut, doubled_conv
 from unclip.nn.storage import kept_for_reuse
 

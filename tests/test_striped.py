@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from unclip.config import parse_config
 from unclip.errors import UnclipError, UsageError
 from unclip.nn import UNet, UNetConfig
-from unclip.nn.efficient_unet import EfficientUNet, EfficientUNetConfig
+from unclip.nn.config import EfficientUNetConfig
+from unclip.nn.efficient_unet import EfficientUNet
 from unclip.nn.storage import FileRows, StripeMemory, TensorRows, _Peak, peak_memory
 from unclip.nn.striped import run_striped
 from upsamplers import Upsampler, UpsamplerConfig, UpsamplerStage

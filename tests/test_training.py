@@ -26,7 +26,7 @@ from unclip.errors import UnclipError, UsageError
 from unclip.runs import MEASURED
 from unclip.training import Distributed, main_for
 from unclip.training.checkpoint import checkpoints, find_checkpoint, save_checkpoint
-from unclip.training.clip import ClipRunConfig
+from unclip.training.clip_config import ClipRunConfig
 from unclip.training.ema import EMA
 from unclip.training.engine import learning_rate_factor, micro_batch_size
 from unclip.training.tracking import Tracker

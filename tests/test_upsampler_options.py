@@ -15,7 +15,8 @@ from unclip.config import parse_config
 from unclip.data import build_batches
 from unclip.diffusion import GaussianDiffusion
 from unclip.errors import UnclipError, UsageError
-from unclip.nn.efficient_unet import EfficientUNet, EfficientUNetConfig
+from unclip.nn.config import EfficientUNetConfig
+from unclip.nn.efficient_unet import EfficientUNet
 from upsamplers.config import ADMConfig, UpsamplerConfig, UpsamplerRunConfig
 from upsamplers.network import Upsampler, upsample
 from upsamplers.objective import downsample, make_condition, upsampler_loss

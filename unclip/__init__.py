@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from unclip.errors import UnclipError, UsageError
+from unclip.lazy import attach
 
 if TYPE_CHECKING:
     from unclip.clip import FrozenCLIP
@@ -27,24 +28,14 @@ __all__ = [
     "__version__",
 ]
 
-_LAZY = {
-    "UnCLIP": "unclip.pipeline",
-    "Upscaler": "unclip.upscaling",
-    "FrozenCLIP": "unclip.clip",
-    "Latents": "unclip.latents",
-    "LearnedTokens": "unclip.tokens",
-    "Prompt": "unclip.manipulation",
-}
-
-
-def __dir__() -> list[str]:
-    """For completion: what is not loaded yet, too."""
-    return sorted({*globals(), *__all__})
-
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        import importlib
-
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'unclip' has no attribute {name!r}")
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "unclip.clip": ["FrozenCLIP"],
+        "unclip.latents": ["Latents"],
+        "unclip.manipulation": ["Prompt"],
+        "unclip.pipeline": ["UnCLIP"],
+        "unclip.tokens": ["LearnedTokens"],
+        "unclip.upscaling": ["Upscaler"],
+    },
+)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unclip import __version__
-from unclip.autoencoder import CARRIED, LatentConfig
+from unclip.autoencoder import CARRIED
 from unclip.bundle import MANIFEST, read_manifest, read_part_json, read_shards, resolve_described
 from unclip.config import parse_config
+from unclip.config_latent import LatentConfig
 from unclip.errors import UnclipError
 from unclip.hub import EVERYTHING, Remote, matching, read_shapes
 from unclip.parts import bundle_sizes

@@ -6,7 +6,9 @@ imported at first use.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from unclip.lazy import attach
 
 if TYPE_CHECKING:
     from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
@@ -30,23 +32,15 @@ __all__ = [
     "upscale_picture",
 ]
 
-_HOME = {
-    "Dalle2Upsampler": "dalle2",
-    "Dalle2UpsamplerConfig": "dalle2",
-    "Upsampler": "network",
-    "UpsamplerConfig": "config",
-    "UpsamplerRunConfig": "config",
-    "UpsamplerStage": "sampling",
-    "corrupt": "corruption",
-    "read_upsampler_config": "sampling",
-    "upsampler_loss": "objective",
-    "upscale_picture": "upscale",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "upsamplers.config": ["UpsamplerConfig", "UpsamplerRunConfig"],
+        "upsamplers.corruption": ["corrupt"],
+        "upsamplers.dalle2": ["Dalle2Upsampler", "Dalle2UpsamplerConfig"],
+        "upsamplers.network": ["Upsampler"],
+        "upsamplers.objective": ["upsampler_loss"],
+        "upsamplers.sampling": ["UpsamplerStage", "read_upsampler_config"],
+        "upsamplers.upscale": ["upscale_picture"],
+    },
+)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from unclip.autoencoder import LatentConfig, check_latent
 from unclip.config import (
     DETERMINISTIC,
     Config,
@@ -18,10 +17,11 @@ from unclip.config import (
     TrainConfig,
     count_steps,
 )
+from unclip.config_latent import LatentConfig, check_latent
 from unclip.diffusion import timesteps_from
 from unclip.errors import UsageError
 from unclip.nn import UNetConfig
-from unclip.nn.efficient_unet import EfficientUNetConfig
+from unclip.nn.config import EfficientUNetConfig
 from upsamplers.corruption_config import (
     BlurConfig,
     BSRConfig,

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from unclip.nn import UNet, timestep_embedding
-from unclip.nn.efficient_unet import EfficientUNet, EfficientUNetConfig
+from unclip.nn.config import EfficientUNetConfig
+from unclip.nn.efficient_unet import EfficientUNet
 from unclip.nn.storage import StripeMemory, peak_memory
 from unclip.nn.striped import run_striped
 from upsamplers.config import UpsamplerConfig

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from unclip.lazy import attach
 
 if TYPE_CHECKING:
     from unclip.data.batches import Batch, Batches, build_batches
@@ -25,19 +27,11 @@ __all__ = [
     "to_tensor",
 ]
 
-_HOME = {
-    **dict.fromkeys(("Batch", "Batches", "build_batches"), "batches"),
-    **dict.fromkeys(
-        ("ImageError", "decode_image", "load_image", "make_grid", "to_pil", "to_tensor"), "images"
-    ),
-    "Tally": "tally",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name's module at its first use, so that `import unclip.data` costs nothing."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "unclip.data.batches": ["Batch", "Batches", "build_batches"],
+        "unclip.data.images": ["ImageError", "decode_image", "load_image", "make_grid", "to_pil", "to_tensor"],
+        "unclip.data.tally": ["Tally"],
+    },
+)

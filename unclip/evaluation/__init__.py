@@ -5,26 +5,27 @@ The libraries that measure (`pip install 'unclip[eval]'`) load when something is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from unclip.lazy import attach
 
 if TYPE_CHECKING:
     from unclip.evaluation.measuring import Evaluation, evaluate
     from unclip.evaluation.memorisation import measure_memorisation
     from unclip.evaluation.sweeps import sweep
 
-__all__ = ["Evaluation", "evaluate", "measure_memorisation", "sweep"]
+__all__ = [
+    "Evaluation",
+    "evaluate",
+    "measure_memorisation",
+    "sweep",
+]
 
-_HOME = {
-    **dict.fromkeys(("Evaluation", "evaluate"), "unclip.evaluation.measuring"),
-    "measure_memorisation": "unclip.evaluation.memorisation",
-    "sweep": "unclip.evaluation.sweeps",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name's module at its first use."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "unclip.evaluation.measuring": ["Evaluation", "evaluate"],
+        "unclip.evaluation.memorisation": ["measure_memorisation"],
+        "unclip.evaluation.sweeps": ["sweep"],
+    },
+)

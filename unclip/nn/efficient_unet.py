@@ -7,48 +7,18 @@ up-samples after them, the number of residual blocks grows with depth, and skip 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unclip.config import Config
 from unclip.nn.blocks import AttentionBlock, group_norm, zeroed
+from unclip.nn.config import EfficientUNetConfig
 from unclip.nn.embeddings import timestep_embedding
 from unclip.nn.sparing import conv_and_shortcut, doubled_conv, may_overwrite, scaled_and_shifted
 
 _SKIP_SCALE = 1 / math.sqrt(2)  # Imagen, App. B.1
-
-
-class EfficientUNetConfig(Config):
-    """Shape of an Efficient U-Net; the defaults are Imagen's super-resolution networks (App. F)."""
-
-    kind: Literal["efficient"] = "efficient"
-    image_size: int = Field(64, ge=4, description="edge the network is trained at")
-    model_channels: int = Field(128, ge=8)
-    channel_mult: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1, description="width of each level")
-    num_res_blocks: tuple[int, ...] = Field((2, 4, 8, 8), min_length=1, description="residual blocks of each level")
-    bottom_attention: bool = Field(False, description="self-attention after the blocks of the lowest level")
-    head_channels: int = Field(64, ge=8)
-    patch_size: int = Field(1, ge=1, description="pixels folded into channels by the stem, a side")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    checkpoint_activations: bool = False
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> EfficientUNetConfig:
-        if len(self.num_res_blocks) != len(self.channel_mult):
-            raise ValueError(
-                f"num_res_blocks names {len(self.num_res_blocks)} levels, channel_mult {len(self.channel_mult)}"
-            )
-        if min(self.num_res_blocks) < 1 or min(self.channel_mult) < 1:
-            raise ValueError("num_res_blocks and channel_mult must be 1 or more at every level")
-        bottom = self.model_channels * self.channel_mult[-1]
-        if self.bottom_attention and bottom % self.head_channels:
-            raise ValueError(f"head_channels {self.head_channels} does not divide the {bottom} channels at the bottom")
-        return self
 
 
 class EfficientUNet(nn.Module):

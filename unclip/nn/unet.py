@@ -9,68 +9,15 @@ convolutions at full resolution behind the last one, over which the patches meet
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from unclip.config import Config
 from unclip.nn.blocks import AttentionBlock, BlockOptions, ContextMemory, ConvResample, ResBlock, group_norm, zeroed
+from unclip.nn.config import UNetConfig
 from unclip.nn.embeddings import timestep_embedding
 from unclip.nn.refiner import Refiner
 from unclip.nn.sparing import may_overwrite
-
-
-class UNetConfig(Config):
-    """Shape of the U-Net; the paper's sizes are in configs/."""
-
-    image_size: int = Field(64, ge=4, description="edge the network is trained at; fixes where attention sits")
-    model_channels: int = Field(64, ge=8)
-    channel_mult: tuple[int | float, ...] = (1, 2, 3, 4)
-    num_res_blocks: int | tuple[int, ...] = Field(2, description="residual blocks a level, or one number for each")
-    attention_resolutions: tuple[int, ...] = Field((), description="feature map edges that get attention")
-    middle_attention: bool | None = Field(
-        None, description="attention between the two middle blocks; None: where attention_resolutions names their edge"
-    )
-    head_channels: int = Field(64, ge=8)
-    scale_shift_norm: bool = Field(
-        True, description="the embedding scales and shifts each block's second norm (ADM); false: it is added before it"
-    )
-    resblock_updown: bool = Field(
-        True, description="residual blocks resample (ADM); false: a convolution alone does (DDPM)"
-    )
-    norm_groups: int = Field(32, ge=1, description="groups of every GroupNorm; a narrow layer takes a divisor of it")
-    norm_eps: float = Field(1e-5, gt=0)
-    patch_size: int = Field(1, ge=1, description="pixels folded into channels by the stem, a side")
-    refine_channels: int = Field(
-        0, ge=0, description="width of three convolutions at the image's own resolution behind the last one; 0: none"
-    )
-    dropout: float = Field(0.0, ge=0, lt=1)
-    checkpoint_activations: bool = False
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> UNetConfig:
-        levels, blocks = len(self.channel_mult), self.num_res_blocks
-        if not isinstance(blocks, int) and len(blocks) != levels:
-            raise ValueError(f"num_res_blocks names {len(blocks)} levels, channel_mult {levels}")
-        for level, width in enumerate(self.widths):
-            if width < 1 or width != self.model_channels * self.channel_mult[level]:
-                raise ValueError(
-                    f"channel_mult {self.channel_mult[level]} times model_channels {self.model_channels} is no whole "
-                    "number of channels"
-                )
-            edge = self.image_size // self.patch_size // 2**level
-            middle = level == levels - 1 and self.middle_attention
-            if (edge in self.attention_resolutions or middle) and width % self.head_channels:
-                raise ValueError(
-                    f"head_channels {self.head_channels} does not divide the {width} channels at edge {edge}"
-                )
-        return self
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Channels of each level."""
-        return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
 
 
 class UNet(nn.Module):

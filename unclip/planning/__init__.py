@@ -6,7 +6,9 @@ memory behind them. So a laptop plans the largest run within a minute.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from unclip.lazy import attach
 
 if TYPE_CHECKING:
     from unclip.gpus import GPUS, Gpu, find_gpu
@@ -14,19 +16,23 @@ if TYPE_CHECKING:
     from unclip.planning.recipe import Recipe, read_recipe
     from unclip.planning.report import PlanOptions, plan
 
-__all__ = ["GPUS", "Gpu", "PlanOptions", "Recipe", "count_parameters", "find_gpu", "plan", "read_recipe"]
+__all__ = [
+    "GPUS",
+    "Gpu",
+    "PlanOptions",
+    "Recipe",
+    "count_parameters",
+    "find_gpu",
+    "plan",
+    "read_recipe",
+]
 
-_HOME = {
-    **dict.fromkeys(("GPUS", "Gpu", "find_gpu"), "unclip.gpus"),
-    "count_parameters": "unclip.planning.parameters",
-    **dict.fromkeys(("PlanOptions", "plan"), "unclip.planning.report"),
-    **dict.fromkeys(("Recipe", "read_recipe"), "unclip.planning.recipe"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOME[name]), name)
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "unclip.gpus": ["GPUS", "Gpu", "find_gpu"],
+        "unclip.planning.parameters": ["count_parameters"],
+        "unclip.planning.recipe": ["Recipe", "read_recipe"],
+        "unclip.planning.report": ["PlanOptions", "plan"],
+    },
+)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from unclip.autoencoder import FrozenAutoencoder, LatentConfig
+from unclip.autoencoder import FrozenAutoencoder
 from unclip.clip import FrozenCLIP, TextFeatures, build_architecture, clip_loss
+from unclip.config_latent import LatentConfig
 from unclip.diffusion import GaussianDiffusion
 from unclip.planning.recipe import Recipe
 from unclip.planning.trace import Run

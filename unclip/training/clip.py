@@ -6,87 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unclip.bundle import BUNDLED, MANIFEST, load_strict, read_manifest, resolve_model
 from unclip.clip import build_trainable, clip_loss, save_folder, write_vocabulary
 from unclip.clip_identity import WEIGHTS_FILE
-from unclip.config import Config, DataConfig, TrainConfig
 from unclip.errors import UnclipError
+from unclip.training.clip_config import VOCABULARY, ClipRunConfig
 from unclip.training.distributed import Distributed
 from unclip.training.finetune import Tuning
 from unclip.training.launch import open_batches
 from unclip.training.loop import fit
-
-_VOCABULARY = "bpe_vocabulary.txt.gz"
-
-
-class TowerConfig(Config):
-    """A Transformer tower of the CLIP (open_clip's names)."""
-
-    width: int = Field(128, ge=16)
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-
-
-class ClipConfig(Config):
-    """A ViT and a causal text Transformer meeting in `embed_dim`."""
-
-    embed_dim: int = Field(256, ge=8)
-    image_size: int = Field(64, ge=16)
-    patch_size: int = Field(8, ge=2)
-    context_length: int = Field(32, ge=4)
-    vocabulary_merges: int = Field(
-        48894, ge=0, le=48894, description="merges kept of CLIP's byte-pair vocabulary, commonest first; 48894 is all"
-    )
-    vision: TowerConfig = TowerConfig()
-    text: TowerConfig = TowerConfig()
-
-    def open_clip_config(self) -> dict[str, Any]:
-        """The `model_cfg` of open_clip_config.json."""
-        return {
-            "embed_dim": self.embed_dim,
-            "vision_cfg": {
-                "image_size": self.image_size,
-                "patch_size": self.patch_size,
-                "width": self.vision.width,
-                "layers": self.vision.layers,
-                "head_width": self.vision.width // self.vision.heads,
-                "pool_type": "avg",
-            },
-            "text_cfg": {
-                "context_length": self.context_length,
-                "vocab_size": 2 * 256 + self.vocabulary_merges + 2,
-                "width": self.text.width,
-                "layers": self.text.layers,
-                "heads": self.text.heads,
-                "tokenizer_kwargs": {"bpe_path": _VOCABULARY},
-            },
-        }
-
-
-class ClipRunConfig(Config):
-    """A whole CLIP training run."""
-
-    model: ClipConfig = ClipConfig()
-    init_from: str | None = Field(
-        None,
-        description="a CLIP of the same sizes to go on from: a run, a bundle, or a folder in open_clip's layout",
-    )
-    spread_weight: float = Field(
-        0.0,
-        ge=0,
-        description="weight of a term beside open_clip's loss that keeps embeddings from crowding into few dimensions",
-    )
-    data: DataConfig = DataConfig(augment=True)
-    train: TrainConfig = TrainConfig()
-
-    @model_validator(mode="after")
-    def _trained_whole(self) -> ClipRunConfig:
-        if self.train.lora is not None:
-            raise ValueError("train.lora is for priors, decoders and upsamplers; a CLIP has train.freeze and trainable")
-        return self
 
 
 def run(config: ClipRunConfig, distributed: Distributed) -> Path:
@@ -95,7 +25,7 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
     vocabulary_folder = run_dir / f"vocabulary-{distributed.rank}"  # one a process: no file is written twice
     try:
         vocabulary_folder.mkdir(parents=True, exist_ok=True)
-        write_vocabulary(vocabulary_folder / _VOCABULARY, config.model.vocabulary_merges)
+        write_vocabulary(vocabulary_folder / VOCABULARY, config.model.vocabulary_merges)
     except OSError as error:
         raise UnclipError(f"the run folder {run_dir} cannot be written: {error.strerror or error}") from error
     torch.manual_seed(config.train.seed)
@@ -123,7 +53,7 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
         # open_clip's loader is strict: no non-persistent buffers, and a logit scale without dimensions.
         body = {name: state[name].half() for name in model.state_dict()}
         body["logit_scale"] = body["logit_scale"].reshape(())
-        save_folder(folder, config.model.open_clip_config(), body, vocabulary_folder / _VOCABULARY)
+        save_folder(folder, config.model.open_clip_config(), body, vocabulary_folder / VOCABULARY)
 
     batches = open_batches(config.data, config.train, distributed)
     return fit(model, loss_fn, batches, config.train, run_config=config, export=export)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
-from unclip.data import Batches, build_batches
 from unclip.errors import UnclipError, UsageError
-from unclip.training.distributed import Distributed, current
-from unclip.training.engine import micro_batch_size
 from unclip.training.settings import deepspeed_config, settle
+
+if TYPE_CHECKING:
+    from unclip.data import Batches
+    from unclip.training.distributed import Distributed
 
 
 def main_for(
@@ -26,7 +28,7 @@ def main_for(
     argv: list[str] | None = None,
 ) -> None:
     """Parse `--config FILE [key=value …]`, load the configuration and run. Exit code 2 for wrong usage, 1 for failure,
-    130 and 143 after SIGINT and SIGTERM."""
+    130 and 143 after SIGINT and SIGTERM. PyTorch loads when the configuration is found to be right."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML file; the ready ones are in configs/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -34,28 +36,31 @@ def main_for(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=1000 data.source=FOLDER")
     arguments = parser.parse_intermixed_args(argv)
-    script, distributed = Path(sys.argv[0]).name, current()
+    script, is_main = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)) == 0
     before = signal.signal(signal.SIGTERM, _terminated)  # the loop, once it runs, saves first
     try:
         config = load_config(config_cls, arguments.config, arguments.overrides)
         train = getattr(config, "train", None)
         if isinstance(train, TrainConfig):
-            train = settle(train, distributed.world_size)
+            world_size = int(os.environ.get("WORLD_SIZE", 1))
+            train = settle(train, world_size)
             config = config.model_copy(update={"train": train})
             if arguments.print_deepspeed:
-                if distributed.is_main:
-                    print(json.dumps(deepspeed_config(train, distributed.world_size), indent=2))
+                if is_main:
+                    print(json.dumps(deepspeed_config(train, world_size), indent=2))
                 return
-        run(config, distributed)
+        from unclip.training.distributed import current
+
+        run(config, current())
     except UnclipError as error:
         if arguments.debug:
             raise
         # A mistake in the configuration is met by every process alike.
-        if not getattr(error, "quiet", isinstance(error, UsageError) and not distributed.is_main):
+        if not getattr(error, "quiet", isinstance(error, UsageError) and not is_main):
             print(f"{script}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        if distributed.is_main:
+        if is_main:
             print(f"{script}: interrupted; what was saved before is there to go on from", file=sys.stderr)
         sys.exit(130)
     finally:
@@ -68,6 +73,9 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
 
 def open_batches(data: DataConfig, train: TrainConfig, distributed: Distributed) -> Batches:
     """This process's share of the training data."""
+    from unclip.data import build_batches
+    from unclip.training.engine import micro_batch_size
+
     return build_batches(
         data,
         batch_size=micro_batch_size(train, distributed),

@@ -1,0 +1,78 @@
+"""Configuration of a CLIP training run; without PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from unclip.config import Config, DataConfig, TrainConfig
+
+VOCABULARY = "bpe_vocabulary.txt.gz"
+
+
+class TowerConfig(Config):
+    """A Transformer tower of the CLIP (open_clip's names)."""
+
+    width: int = Field(128, ge=16)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+
+
+class ClipConfig(Config):
+    """A ViT and a causal text Transformer meeting in `embed_dim`."""
+
+    embed_dim: int = Field(256, ge=8)
+    image_size: int = Field(64, ge=16)
+    patch_size: int = Field(8, ge=2)
+    context_length: int = Field(32, ge=4)
+    vocabulary_merges: int = Field(
+        48894, ge=0, le=48894, description="merges kept of CLIP's byte-pair vocabulary, commonest first; 48894 is all"
+    )
+    vision: TowerConfig = TowerConfig()
+    text: TowerConfig = TowerConfig()
+
+    def open_clip_config(self) -> dict[str, Any]:
+        """The `model_cfg` of open_clip_config.json."""
+        return {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": {
+                "image_size": self.image_size,
+                "patch_size": self.patch_size,
+                "width": self.vision.width,
+                "layers": self.vision.layers,
+                "head_width": self.vision.width // self.vision.heads,
+                "pool_type": "avg",
+            },
+            "text_cfg": {
+                "context_length": self.context_length,
+                "vocab_size": 2 * 256 + self.vocabulary_merges + 2,
+                "width": self.text.width,
+                "layers": self.text.layers,
+                "heads": self.text.heads,
+                "tokenizer_kwargs": {"bpe_path": VOCABULARY},
+            },
+        }
+
+
+class ClipRunConfig(Config):
+    """A whole CLIP training run."""
+
+    model: ClipConfig = ClipConfig()
+    init_from: str | None = Field(
+        None,
+        description="a CLIP of the same sizes to go on from: a run, a bundle, or a folder in open_clip's layout",
+    )
+    spread_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a term beside open_clip's loss that keeps embeddings from crowding into few dimensions",
+    )
+    data: DataConfig = DataConfig(augment=True)
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _trained_whole(self) -> ClipRunConfig:
+        if self.train.lora is not None:
+            raise ValueError("train.lora is for priors, decoders and upsamplers; a CLIP has train.freeze and trainable")
+        return self
