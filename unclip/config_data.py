@@ -96,6 +96,10 @@ class DataConfig(Config):
         le=1,
         description="share of the pictures shown in another style, for CLIP training: hue, contours, turn, blur, light",
     )
+    plain: bool = Field(
+        False,
+        description="give the picture before augment and restyle as well; a CLIP's run with keep_embeddings sets it",
+    )
     cache: bool = Field(False, description="keep decoded images in memory (small sets)")
     shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
     workers: int = Field(
@@ -109,6 +113,11 @@ class DataConfig(Config):
         if self.crop_size is not None and self.crop_size > self.image_size:
             raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
         self._check_low()
+        if self.plain and (self.has_low or self.crop_size is not None or self.horizontal_flip):
+            raise ValueError(
+                "a CLIP that keeps its embeddings compares each picture with what augment and restyle made of it; "
+                "leave out low_column, crop_size and horizontal_flip"
+            )
         if self.sources and self.source != "synthetic":
             raise ValueError(f"both source ({self.source!r}) and sources are named; expected one of them")
         if self.part == "validation" and self.holdout == 0:

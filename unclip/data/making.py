@@ -35,11 +35,13 @@ class Batch(TypedDict, total=False):
     come, of the CLIP's own length, image_embedding (B, E) and text_embedding (B, E), and token features `tokens`
     (B, L, D) in half precision with their `mask` (B, L); the images are there where they were stored.
 
+    With data.plain, `plain` (B, 3, S, S) is the image before augment and restyle.
     With data.low_column, `low` (B, 3, s, s) in [-1, 1] is the low-resolution picture of the same crop, zeros where
     `has_low` (B,) says that the sample has none.
     """
 
     image: Tensor
+    plain: Tensor
     low: Tensor
     has_low: Tensor
     caption: list[str]
@@ -116,6 +118,8 @@ class Maker:
                 batch |= self._finish_pairs(images, lows, rngs)
             else:
                 batch["image"] = self._finish(images, rngs)
+                if self._config.plain:
+                    batch["plain"] = to_float(torch.stack(images))
         for name in features[0] if features else ():
             batch[name] = torch.from_numpy(np.stack([one[name] for one in features]))  # type: ignore[literal-required]
         return batch, self.state_dict()

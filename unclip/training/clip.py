@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
     model, tokenizer = build_trainable(config.model.open_clip_config(), vocabulary_folder)
     if config.init_from is not None:
         carry_over(model, config.init_from)
+    teacher = None
+    if config.keep_embeddings:
+        teacher = copy.deepcopy(model).to(distributed.device).eval().requires_grad_(False)
     Tuning(model, config.train, "clip", config.model)
 
     def loss_fn(network: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -42,12 +46,13 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
         crowding = (crowding_loss(image) + crowding_loss(text)) / 2
         similarity = image @ text.T
         accuracy = (similarity.argmax(1) == torch.arange(len(image), device=image.device)).float()
-        return {
-            "loss": (loss + config.spread_weight * crowding)[None],
-            "contrastive": loss[None],
-            "crowding": crowding[None],
-            "accuracy": accuracy,
-        }
+        losses = {"contrastive": loss[None], "crowding": crowding[None], "accuracy": accuracy}
+        total = loss + config.spread_weight * crowding
+        if teacher is not None:
+            drift = drift_loss(teacher, image, batch["plain"])
+            losses["drift"] = drift
+            total = total + config.keep_embeddings * drift.mean()
+        return {"loss": total[None], **losses}
 
     def export(state: dict[str, Tensor], folder: Path) -> None:
         # open_clip's loader is strict: no non-persistent buffers, and a logit scale without dimensions.
@@ -82,6 +87,18 @@ def carry_over(model: nn.Module, name: str) -> None:
     own = model.state_dict()
     state["logit_scale"] = state["logit_scale"].reshape(own["logit_scale"].shape)  # here it has a dimension
     load_strict(model, state, folder)
+
+
+def drift_loss(teacher: Any, image: Tensor, plain: Tensor) -> Tensor:
+    """1 − cos of unit embeddings (B, E), of pictures augmented and restyled, with the teacher's of the plain ones
+    (B, 3, S, S) in [-1, 1]: (B,).
+
+    The teacher's embedding is the target, as in knowledge distillation (Hinton et al. 2015), so that the space stays
+    where priors and decoders have learned it while more pictures find their place in it.
+    """
+    with torch.no_grad():
+        kept = teacher.encode_image(plain.to(image.device), normalize=True).float()
+    return 1 - (image * kept).sum(1)
 
 
 def crowding_loss(embedding: Tensor) -> Tensor:

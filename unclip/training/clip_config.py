@@ -68,8 +68,25 @@ class ClipRunConfig(Config):
         ge=0,
         description="weight of a term beside open_clip's loss that keeps embeddings from crowding into few dimensions",
     )
+    keep_embeddings: float = Field(
+        0.0,
+        ge=0,
+        description="weight of a term that gives each picture, however augmented and restyled, the embedding that "
+        "init_from has for it plain; so priors and decoders of that CLIP fit this one too",
+    )
     data: DataConfig = DataConfig(augment=True)
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_pictures_too(cls, body: Any) -> Any:
+        """Keeping embeddings takes the pictures as they were before augmentation."""
+        data = body.get("data", {}) if isinstance(body, dict) else None
+        if not isinstance(data, dict) or not body.get("keep_embeddings"):
+            return body
+        if body.get("init_from") is None:
+            raise ValueError("keep_embeddings keeps those of the CLIP that init_from names; name one")
+        return {**body, "data": {**data, "plain": True}}
 
     @model_validator(mode="after")
     def _trained_whole(self) -> ClipRunConfig:
