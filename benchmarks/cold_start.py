@@ -63,7 +63,6 @@ def main(argv: list[str] | None = None) -> None:
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print("\n" + json.dumps(rows))
 
 
 def measure(commands: Mapping[str, Sequence[str]], runs: int) -> dict[str, list[Run]]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import io
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,9 @@ def main(arguments: list[str]) -> None:
     torch.manual_seed(0)
     network, image, loss, peer = (_prior if options.stage == "prior" else _unet)(options, device)
     with tempfile.TemporaryDirectory() as folder:
-        works = {
-            "bare": _bare(copy.deepcopy(network), image, loss, options),
-            "ours": _ours(network, image, loss, options, Path(folder)),
-        }
+        works = {"bare": _bare(copy.deepcopy(network), image, loss, options)}
+        with redirect_stdout(io.StringIO()):  # DeepSpeed introduces itself
+            works["ours"] = _ours(network, image, loss, options, Path(folder))
         if peer is not None:
             works["dalle2-pytorch"] = peer
         seconds = in_turns(works, options.rounds, device, warm_up=2)
@@ -91,11 +92,27 @@ def main(arguments: list[str]) -> None:
     if peer is not None:
         beside = paired_ratio(seconds["dalle2-pytorch"], seconds["ours"])
         figures["times_as_fast_as_dalle2_pytorch"] = [beside.median, beside.low, beside.high]
-    print(json.dumps(figures, indent=1))
-    spread = f"quartiles {ratio.low:.3f} to {ratio.high:.3f}"
-    print(f"our loop's throughput is {ratio.median:.3f} of a bare loop's ({spread})")
+    print(_table(figures, seconds, options.steps))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _table(figures: dict[str, Any], seconds: dict[str, list[float]], steps: int) -> str:
+    """Seconds a step of each, and how many times as fast our loop is, with quartiles."""
+    told = {"bare": (figures["throughput_ratio"], *figures["quartiles"])}
+    if "times_as_fast_as_dalle2_pytorch" in figures:
+        told["dalle2-pytorch"] = tuple(figures["times_as_fast_as_dalle2_pytorch"])
+    names = {"bare": "a bare PyTorch loop", "ours": "unclip", "dalle2-pytorch": "dalle2-pytorch's trainer"}
+    lines = [
+        f"{figures['parameters'] / 1e6:.1f} million parameters, {figures['device']}",
+        "",
+        "| | seconds a step | ours is so many times as fast |",
+        "|---|---|---|",
+    ]
+    for name, times in seconds.items():
+        ratio = "**{:.2f}** ({:.2f}–{:.2f})".format(*told[name]) if name in told else ""
+        lines.append(f"| {names[name]} | {Spread.of(times).median / steps:.3g} | {ratio} |")
+    return "\n".join(lines)
 
 
 def _unet(options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Tensor, Loss, None]:
@@ -172,6 +189,7 @@ def _ours(
     def turn() -> None:
         run.config = config.model_copy(update={"steps": run.step + options.steps, "checkpoint_every": _STEPS})
         run.save = lambda: run.step  # type: ignore[method-assign]
-        run.train(Signals(), None, dict)
+        with redirect_stdout(io.StringIO()):  # its progress is no figure
+            run.train(Signals(), None, dict)
 
     return turn
