@@ -28,7 +28,10 @@ DATA: dict[str, Any] = {"source": "synthetic", "image_size": 32, "synthetic": {"
 
 def config(folder: Path, **body: Any) -> ClipRunConfig:
     body.setdefault("data", DATA)
-    train = {"run_dir": str(folder), "batch_size": 32, "precision": "float32", "ema_decay": 0.5, "wandb": {"mode": "disabled"}, **body.pop("train")}
+    train = {
+        "run_dir": str(folder), "batch_size": 32, "precision": "float32", "ema_decay": 0.5,
+        "wandb": {"mode": "disabled"}, **body.pop("train"),
+    }  # fmt: skip
     return parse_config(ClipRunConfig, {"model": MODEL, "train": train, **body})
 
 
