@@ -54,7 +54,7 @@ def make_clip(root: Path) -> Path:
 
     from unclip.clip import build_trainable, save_folder, write_vocabulary
     from unclip.config import parse_config
-    from unclip.training.clip import ClipConfig
+    from unclip.training.clip_config import ClipConfig
 
     root.mkdir(exist_ok=True)
     model_config = parse_config(ClipConfig, TINY_CLIP).open_clip_config()

@@ -22,7 +22,7 @@ from unclip.clip import FrozenCLIP, build_trainable, clip_loss, save_folder, wri
 from unclip.config import parse_config
 from unclip.data.synthetic import RADII, Scene, Shape, render
 from unclip.diffusion import GaussianDiffusion
-from unclip.training.clip import ClipConfig
+from unclip.training.clip_config import ClipConfig
 
 SIZE = 16
 WIDTHS = {"embedding_dim": 16, "token_dim": 24, "text_length": 12}

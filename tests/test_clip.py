@@ -28,7 +28,7 @@ from unclip.clip import (
 from unclip.config import parse_config
 from unclip.errors import UnclipError
 from unclip.training import EmbeddingMemo
-from unclip.training.clip import ClipConfig
+from unclip.training.clip_config import ClipConfig
 
 LONG = "a red circle left of a blue square on a white background"
 

@@ -1,24 +1,17 @@
-"""What is told of a run while it trains: losses by quartile, FLOPs, the prior's cosines, samples, Weights & Biases."""
+"""What is told of a run while it trains: losses by quartile, FLOPs, the prior's cosines, samples."""
 
 from __future__ import annotations
 
 import errno
 import io
-import json
 import math
-import struct
 import sys
-import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers_prior import DIM, SMALL, text
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +31,6 @@ from unclip.training.metrics import MetricsFile, Window, parameter_norm
 from unclip.training.previews import captioned_grid, fixed_batch
 from unclip.training.progress import Progress
 from unclip.training.speed import Speed, counting, measured_teraflops
-from unclip.training.wandb_run import WandbRun
 
 CPU = torch.device("cpu")
 QUIET = TrainConfig(wandb=WandbConfig(mode="disabled"))
@@ -419,117 +411,3 @@ def test_grids_carry_captions_below_their_columns() -> None:
     assert min(gap.tobytes()) > 128  # no caption runs into its neighbour
     large = captioned_grid([red.expand(1, 3, 256, 256)], ["a red square"])
     assert large.width == 256
-
-
-# ---- Weights & Biases ----------------------------------------------------------------------------------------
-
-
-def records(file: Path) -> Iterator[bytes]:
-    """The records of an offline run's file: LevelDB's log format behind a header of seven bytes."""
-    body, place, parts = file.read_bytes(), 7, b""
-    assert body[:4] == b":W&B"
-    while place + 7 <= len(body):
-        if 32768 - place % 32768 < 7:  # too little of the block is left for a header
-            place += 32768 - place % 32768
-            continue
-        length, kind = struct.unpack("<HB", body[place + 4 : place + 7])
-        parts += body[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # whole, or a last part
-            yield parts
-            parts = b""
-
-
-def history(folder: Path) -> tuple[str, dict[int, dict[str, Any]]]:
-    """Run id and logged values by step of an offline run on disk."""
-    from wandb.proto import wandb_internal_pb2
-
-    identity, rows = "", dict[int, dict[str, Any]]()
-    for data in records(next(folder.glob("*.wandb"))):
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        record.ParseFromString(data)
-        if record.HasField("run"):
-            identity = record.run.run_id
-        elif record.HasField("history"):
-            items = {(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            rows.setdefault(items["_step"], {}).update(items)
-    return identity, rows
-
-
-@pytest.mark.parametrize("failing", ["missing", "init", "log"])
-def test_wandb_that_fails_costs_one_warning(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("the service is on holiday\nand more")
-
-    run = SimpleNamespace(log=fail, finish=fail)
-    fake = SimpleNamespace(init=fail if failing == "init" else lambda **_: run, Image=lambda *_a, **_o: None)
-    monkeypatch.setitem(sys.modules, "wandb", None if failing == "missing" else fake)
-    config = TrainConfig(wandb=WandbConfig(mode="offline"))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        told = WandbRun(tmp_path, config, {})
-        for step in range(3):
-            told.log(step, {"loss": 1.0})
-        told.image(3, "samples", tmp_path / "none.png")
-        told.close()
-    assert len(caught) == 1
-    message = str(caught[0].message)
-    assert message.startswith("Weights & Biases ") and message.endswith("; the training goes on without it")
-    assert failing == "missing" or ("on holiday" in message and "more" not in message)
-
-
-def test_wandb_out_of_reach_is_recorded_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modes: list[str] = []
-    logged: list[Any] = []
-
-    def init(**options: Any) -> Any:
-        modes.append(options["mode"])
-        if options["mode"] == "online":
-            raise TimeoutError("no route")
-        return SimpleNamespace(log=lambda row, step: logged.append((step, row)), finish=lambda **_: None)
-
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, api=SimpleNamespace(api_key="k")))
-    with pytest.warns(UserWarning, match=r"could not be reached \(no route\); this run is recorded offline") as caught:
-        told = WandbRun(tmp_path, TrainConfig(wandb=WandbConfig(mode="online")), {})
-        told.log(5, {"loss": 2.0})
-        told.close()
-    assert modes == ["online", "offline"] and logged == [(5, {"loss": 2.0})] and len(caught) == 1
-
-
-def test_wandb_options_and_an_id_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    run = SimpleNamespace(log=lambda *_a, **_o: None, finish=lambda **_: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **o: (seen.append(o), run)[1]))
-    options = WandbConfig(mode="offline", project="p", name="n", tags=("a", "b"), group="g")
-    for project in ("p", "p", "q"):
-        config = TrainConfig(wandb=options.model_copy(update={"project": project}))
-        WandbRun(tmp_path, config, {"seed": 1}, "prior").close()
-    first, second, elsewhere = seen
-    assert (first["project"], first["name"], first["tags"], first["group"]) == ("p", "n", ["a", "b"], "g")
-    assert first["id"] == second["id"] != elsewhere["id"] and first["resume"] == "allow"
-    assert json.loads((tmp_path / "wandb.json").read_text()) == {"project": "q", "id": elsewhere["id"]}
-
-
-def test_offline_files_of_wandb_hold_metrics_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "cache"))
-    picture = tmp_path / "grid.png"
-    Image.new("RGB", (8, 8), "red").save(picture)
-    told = WandbRun(tmp_path, TrainConfig(wandb=WandbConfig(mode="offline")), {"seed": 3}, "decoder")
-    told.log(10, {"loss": 0.5, "loss_q0": 0.25})
-    told.image(10, "samples", picture, "step 10")
-    told.close()
-    folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert len(folders) == 1
-    end = time.monotonic() + 60  # its own process writes the last records a moment after the run has ended
-    while "loss" not in history(folders[0])[1].get(10, {}) and time.monotonic() < end:
-        time.sleep(0.05)
-    identity, rows = history(folders[0])
-    assert identity == json.loads((tmp_path / "wandb.json").read_text())["id"]
-    assert rows[10]["loss"] == 0.5 and rows[10]["loss_q0"] == 0.25
-    assert len(list(folders[0].rglob("samples_10_*.png"))) == 1
-
-

@@ -9,17 +9,15 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from unclip import lean
 from unclip.errors import UnclipError
+from unclip.notices import in_lines
 
 _INTERRUPTED = 130
-_OWN = ("unclip", "prior", "decoder", "upsamplers")
-_ROOT = Path(__file__).parents[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,21 +108,16 @@ def _quiet(debug: bool) -> Iterator[None]:
     """Print this project's warnings as one line each; libraries keep theirs and their log records to
     themselves.
     """
-    seen: set[str] = set()
 
-    def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
-        inside = Path(filename)
-        own = inside.is_relative_to(_ROOT) and inside.relative_to(_ROOT).parts[0] in _OWN
-        text = " ".join(str(message).split())
-        if (own and category is UserWarning and text not in seen) or debug:
-            seen.add(text)
-            print(f"unclip: warning: {text}", file=sys.stderr)
+    def library(message: Any, *_: Any, **__: Any) -> None:
+        if debug:
+            print(f"unclip: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     before = logging.root.manager.disable
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = in_lines("unclip", library)
         logging.disable(before if debug else logging.CRITICAL)
         try:
             yield

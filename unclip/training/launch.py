@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
 from unclip.errors import UnclipError, UsageError
+from unclip.notices import in_lines
 from unclip.training.settings import deepspeed_config, settle
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def main_for(
     arguments = parser.parse_intermixed_args(argv)
     script, is_main = Path(sys.argv[0]).name, int(os.environ.get("RANK", 0)) == 0
     before = signal.signal(signal.SIGTERM, _terminated)  # the loop, once it runs, saves first
+    if argv is None:  # called as a script, and not by a program, which has warnings of its own
+        warnings.showwarning = in_lines(script, warnings.showwarning)
     try:
         config = load_config(config_cls, arguments.config, arguments.overrides)
         train = getattr(config, "train", None)

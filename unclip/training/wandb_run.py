@@ -92,6 +92,13 @@ class WandbRun:
             f"Weights & Biases {what} ({_first_line(error)}); the training goes on without it",
             stacklevel=3,
         )
+        if isinstance(error, ConnectionError):
+            # Its process is gone: deepspeed's launcher, when it is stopped, ends it before this one. What wandb has
+            # registered for this process' end would print a traceback then.
+            with contextlib.suppress(Exception):
+                import wandb
+
+                wandb.teardown(1)
 
 
 def _stored_key(wandb: Any) -> str | None:

@@ -1,0 +1,35 @@
+"""Warnings as lines: this project's own ones, each once; a library's are handed on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import unclip
+from unclip.notices import in_lines
+
+OWN = str(Path(unclip.__file__).with_name("clip.py"))
+
+
+def test_own_warnings_are_one_line_each_and_others_are_handed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    handed: list[str] = []
+
+    def otherwise(message: Any, *_: Any, **__: Any) -> None:
+        handed.append(str(message))
+
+    show = in_lines("train_prior.py", otherwise)
+    for text, category, place in (
+        ("the prompt\n  was cut", UserWarning, OWN),
+        ("the prompt was cut", UserWarning, OWN),
+        ("something else", UserWarning, OWN),
+        ("old", DeprecationWarning, OWN),
+        ("theirs", UserWarning, warnings.__file__),
+    ):
+        show(category(text), category, place, 1)
+    assert capsys.readouterr().err == (
+        "train_prior.py: warning: the prompt was cut\ntrain_prior.py: warning: something else\n"
+    )
+    assert handed == ["old", "theirs"]
