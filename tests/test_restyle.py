@@ -64,13 +64,24 @@ def test_hue_turns_by_the_angle_drawn() -> None:
     torch.testing.assert_close(turned_red.flatten(), torch.tensor([0.0, 1, 0]), atol=1e-6, rtol=0)
 
 
-def test_contours_are_where_brightness_changes() -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_contours_are_where_brightness_changes(seed: int) -> None:
+    """Fine or thick, hard or soft: within a few pixels of the step, and darkest at it."""
     flat = torch.full((3, 16, 16), 0.4)
-    assert torch.equal(contours(flat, np.random.default_rng(0)), torch.ones(3, 16, 16))
+    torch.testing.assert_close(contours(flat, np.random.default_rng(seed)), torch.ones(3, 16, 16))
     step = flat.clone()
     step[:, :, 8:] = 0.9
-    drawn = contours(step, np.random.default_rng(0))
-    assert torch.equal(drawn[:, :, :7], torch.ones(3, 16, 7)) and drawn[:, :, 7:9].max() < 0.6
+    drawn = contours(step, np.random.default_rng(seed))
+    torch.testing.assert_close(drawn[:, :, :3], torch.ones(3, 16, 3))
+    torch.testing.assert_close(drawn[:, :, 13:], torch.ones(3, 16, 3))
+    assert drawn[:, :, 7:9].max() < 0.75 and drawn.min() == drawn[:, :, 7:9].min()
+
+
+def test_contours_are_of_several_kinds() -> None:
+    step = torch.full((3, 16, 16), 0.4)
+    step[:, :, 8:] = 0.9
+    widths = {int((contours(step, np.random.default_rng(seed))[0, 8] < 0.95).sum()) for seed in range(20)}
+    assert min(widths) <= 2 and max(widths) >= 5
 
 
 def test_blur_and_turn_keep_a_plain_picture() -> None:
