@@ -41,6 +41,9 @@ stage train_decoder.py --config configs/decoder/emoji_64_last.yaml clip="$first"
 # From the familiar emoji to all of them, on a CLIP that went on with natural captions.
 stage train_clip.py --config configs/clip/emoji_natural.yaml init_from="$first" "$natural" \
     train.run_dir="$RUNS/clip_natural"
+# Its image tower alone then learns other styles, and keeps the embeddings that prior and decoder are trained on.
+stage train_clip.py --config configs/clip/emoji_elsewhere.yaml init_from="$clip" "$natural" \
+    train.run_dir="$RUNS/clip_elsewhere"
 stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$natural" train.run_dir="$RUNS/prior"
 every="data.sources=[{source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}]"
 stage train_decoder.py --config configs/decoder/emoji_64_all.yaml clip="$clip" "$every" \
@@ -53,7 +56,7 @@ for size in 64_to_256 256_to_1024; do
 done
 
 bundle() {
-    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$clip" --prior "$RUNS/prior/model" \
+    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_elsewhere/model" --prior "$RUNS/prior/model" \
         --decoder "$RUNS/decoder_refined/model" --example-prompts examples/emoji/familiar.txt \
         --card examples/emoji/model_card.md "$@"
 }
