@@ -209,6 +209,10 @@ def test_fit_pca_and_pca(tiny_bundle: Path, tmp_path: Path, run_cli: Run) -> Non
     assert code == 1 and "exists; pass --overwrite to replace it" in err
     assert run_cli(*fit, "--overwrite")[0] == 0
     assert (bundle / "pca" / "model.safetensors").read_bytes() == first
+    assert run_cli(*fit, "--set", "synthetic.max_objects=1", "--out", tmp_path / "single")[0] == 0
+    assert (tmp_path / "single" / "model.safetensors").read_bytes() != first
+    code, _, err = run_cli(*fit, "--set", "image_size=8", "--out", tmp_path / "none")
+    assert code == 2 and "leave image_size and crop_size out of --set" in err and not (tmp_path / "none").exists()
     picture().save(tmp_path / "set.png")
     draw = ["pca", tmp_path / "set.png", "--model", bundle, "--out", tmp_path / "sheet.png", "--size", 64]
     code, out, err = run_cli(*draw, "--dims", 2, 8, 16, "--json")

@@ -88,11 +88,17 @@ def test_the_command_measures_a_part(bundle: Path, run_cli: Run, part: str) -> N
     single = ["statistics", bundle / part, "--part", part, "--clip", bundle / "clip", *command[4:], "--overwrite"]
     assert run_cli(*single, "--steps", "0,400,999", "--device", "cpu")[0] == 0
     assert (bundle / part / STATISTICS).read_bytes() == first
+    changed = [*single, "--set", "synthetic.max_objects=3", "--set", "synthetic.size=8"]
+    assert run_cli(*changed, "--steps", "0,400,999", "--device", "cpu")[0] == 0
+    assert (bundle / part / STATISTICS).read_bytes() != first
 
 
 def test_the_command_says_what_is_missing(bundle: Path, run_cli: Run, tmp_path: Path) -> None:
     code, _, err = run_cli("statistics", bundle / "prior", "--data", "synthetic")
     assert code == 2 and "its CLIP must be named: add --clip" in err
+    for change in ("image_size=8", "crop_size=8"):
+        code, _, err = run_cli("statistics", bundle, "--data", "synthetic", "--set", change)
+        assert code == 2 and "leave image_size and crop_size out of --set" in err
     manifest = json.loads((bundle / "unclip.json").read_text())
     del manifest["parts"]["prior"]
     (bundle / "unclip.json").write_text(json.dumps(manifest))

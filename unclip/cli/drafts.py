@@ -28,9 +28,7 @@ def drafts(
     from_image: Annotated[
         bool, typer.Option("--from-image", help="Draw from the picture's own CLIP embedding, not from its caption.")
     ] = False,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of a run's data section.")
-    ] = None,
+    changes: opt.DataChanges = None,
     seed: opt.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 16,
     device: opt.Device = "auto",
@@ -44,7 +42,6 @@ def drafts(
     """
     import torch
 
-    from unclip.config import DataConfig, load_overrides
     from unclip.pipeline import UnCLIP
 
     if size % low_size or size == low_size:
@@ -52,9 +49,7 @@ def drafts(
     if out.is_dir() and any(out.iterdir()):
         raise UnclipError(f"{out} is not empty; name a folder that is new or empty")
     check_writable(out)
-    config = load_overrides(DataConfig, {"source": data, "image_size": size}, changes or [], origin="the data")
-    if config.image_size != size or config.crop_size is not None:
-        raise UsageError("the pictures are whole and of --size; leave image_size and crop_size out of --set")
+    config = opt.data_config({"source": data}, size, changes)
     if config.horizontal_flip or config.augment or config.restyle:
         raise UsageError(
             "the pictures are drawn as they are; leave horizontal_flip, augment and restyle out of --set, and set "

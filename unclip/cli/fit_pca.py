@@ -29,6 +29,7 @@ def fit_pca(
     streaming: Annotated[bool, typer.Option("--streaming", help="Read the data without downloading all.")] = False,
     image_column: Annotated[str | None, typer.Option(help="The data's column of images.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The data's column of captions.")] = None,
+    changes: opt.DataChanges = None,
     seed: opt.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images embedded together.")] = _BATCH,
     device: opt.Device = "auto",
@@ -66,7 +67,7 @@ def fit_pca(
 
     length = read_decoder_config(folder / parts["decoder"]).embedding_length
     clip = FrozenCLIP.load(str(folder / parts["clip"]), device=place)
-    embeddings = _embed(clip, source, samples, batch_size, seed, length)
+    embeddings = _embed(clip, source, changes, samples, batch_size, seed, length)
     label = data if not Path(data).exists() else Path(data).absolute().name
     found = fit_components(embeddings, embedding_length=length, data=label)
     found.save(target)
@@ -76,15 +77,20 @@ def fit_pca(
 
 
 def _embed(
-    clip: FrozenCLIP, source: dict[str, Any], samples: int, batch_size: int, seed: int, length: Literal["unit", "raw"]
+    clip: FrozenCLIP,
+    source: dict[str, Any],
+    changes: list[str] | None,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    length: Literal["unit", "raw"],
 ) -> Tensor:
     """The first samples' image embeddings (N, E), on the CPU."""
     import torch
 
-    from unclip.config import DataConfig, parse_config
     from unclip.data import build_batches
 
-    config = parse_config(DataConfig, {**source, "image_size": clip.image_size}, origin="--data")
+    config = opt.data_config(source, clip.image_size, changes)
     batches = build_batches(config, batch_size=min(batch_size, samples), seed=seed)
     rows: list[Tensor] = []
     while sum(map(len, rows)) < samples:

@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from unclip.errors import UsageError
+
+if TYPE_CHECKING:
+    from unclip.config import DataConfig
 
 LARGEST_SEED = 2**32 - 1
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".tga", ".ico", ".jp2")
@@ -191,6 +194,9 @@ Json = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.", rich_help_panel=_OUTPUT)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.", rich_help_panel=_OUTPUT)]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures drawn together; changes memory, not pictures.")]
+DataChanges = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any key of a run's data section.")
+]
 
 
 def own_device(name: str) -> Any:
@@ -199,6 +205,18 @@ def own_device(name: str) -> Any:
 
     local, place = os.environ.get("LOCAL_RANK"), resolve_device(name)
     return resolve_device(f"cuda:{local}") if name == "auto" and place.type == "cuda" and local is not None else place
+
+
+def data_config(source: dict[str, Any], size: int, changes: Sequence[str] | None) -> DataConfig:
+    """The data section of `source` with --set's changes, its pictures whole and of `size` pixels. UsageError: --set
+    asks for others.
+    """
+    from unclip.config import DataConfig, load_overrides
+
+    config = load_overrides(DataConfig, {**source, "image_size": size}, list(changes or []), origin="the data")
+    if config.image_size != size or config.crop_size is not None:
+        raise UsageError(f"pictures are taken whole and at {size} px here; leave image_size and crop_size out of --set")
+    return config
 
 
 def given(**options: Any) -> dict[str, Any]:

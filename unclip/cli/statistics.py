@@ -35,6 +35,7 @@ def statistics(
     streaming: Annotated[bool, typer.Option("--streaming", help="Read the data without downloading all.")] = False,
     image_column: Annotated[str | None, typer.Option(help="The data's column of images.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="The data's column of captions.")] = None,
+    changes: opt.DataChanges = None,
     seed: opt.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images embedded together.")] = _BATCH,
     device: opt.Device = "auto",
@@ -69,7 +70,7 @@ def statistics(
         "caption_column": caption_column,
     }
     loaded = FrozenCLIP.load(clip, device=place)
-    measured = _measure(part, folder, loaded, source, samples, steps, seed, batch_size)
+    measured = _measure(part, folder, loaded, source, changes, samples, steps, seed, batch_size)
     save_statistics(folder, measured)
     print(folder / STATISTICS)
 
@@ -79,18 +80,18 @@ def _measure(
     folder: Path,
     clip: FrozenCLIP,
     source: dict[str, Any],
+    changes: list[str] | None,
     samples: int,
     steps: Any,
     seed: int,
     batch_size: int,
 ) -> EpsilonStatistics:
     """Load the part and run it over the data."""
-    from unclip.config import DataConfig, parse_config
     from unclip.data import build_batches
     from unclip.training import EmbeddingMemo
 
     def batches(size: int) -> Any:
-        config = parse_config(DataConfig, {**source, "image_size": size}, origin="--data")
+        config = opt.data_config(source, size, changes)
         return build_batches(config, batch_size=min(batch_size, samples), seed=seed)
 
     if part == "prior":
