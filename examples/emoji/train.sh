@@ -41,9 +41,12 @@ stage train_decoder.py --config configs/decoder/emoji_64_last.yaml clip="$first"
 # From the familiar emoji to all of them, on a CLIP that went on with natural captions.
 stage train_clip.py --config configs/clip/emoji_natural.yaml init_from="$first" "$natural" \
     train.run_dir="$RUNS/clip_natural"
-# Its image tower alone then learns other styles, and keeps the embeddings that prior and decoder are trained on.
-stage train_clip.py --config configs/clip/emoji_elsewhere.yaml init_from="$clip" "$natural" \
-    train.run_dir="$RUNS/clip_elsewhere"
+# Its image tower alone then learns other styles, and keeps the embeddings that prior and decoder are trained on; at last half
+# of what it sees are the plain pictures, a falling rate's second part.
+elsewhere=(train_clip.py --config configs/clip/emoji_elsewhere.yaml init_from="$clip" "$natural" \
+    train.run_dir="$RUNS/clip_elsewhere")
+[ -f "$RUNS/clip_elsewhere/model/open_clip_config.json" ] || stage "${elsewhere[@]}"
+stage "${elsewhere[@]}" train.steps=2550 train.optimizer.lr=6.0e-3 data.augment=false data.restyle=0.5
 stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$natural" train.run_dir="$RUNS/prior"
 every="data.sources=[{source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}]"
 stage train_decoder.py --config configs/decoder/emoji_64_all.yaml clip="$clip" "$every" \
