@@ -103,3 +103,14 @@ def test_what_does_not_go_with_it(tmp_path: Path) -> None:
             config(tmp_path, keep_embeddings=1.0, init_from="somewhere", data={**DATA, **change}, train={})
     assert config(tmp_path, keep_embeddings=1.0, init_from="somewhere", train={}).data.plain
     assert not config(tmp_path, init_from="somewhere", train={}).data.plain
+    # Without a data section, and from Python with one that is made already.
+    usual = parse_config(ClipRunConfig, {"keep_embeddings": 1.0, "init_from": "somewhere"}).data
+    assert usual.plain and usual.augment
+    given = ClipRunConfig(keep_embeddings=1.0, init_from="somewhere", data=DataConfig(restyle=0.5)).data
+    assert given.plain and given.restyle == 0.5 and not given.augment
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_worker_processes_hand_the_plain_pictures_on(workers: int) -> None:
+    batch = pictures(plain=True, workers=workers)
+    assert torch.equal(batch["plain"], pictures(augment=False, restyle=0.0)["image"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unclip.clip import FrozenCLIP
+    from unclip.config import DataConfig
 
 _BATCH = 64
 
@@ -67,7 +68,7 @@ def fit_pca(
 
     length = read_decoder_config(folder / parts["decoder"]).embedding_length
     clip = FrozenCLIP.load(str(folder / parts["clip"]), device=place)
-    embeddings = _embed(clip, source, changes, samples, batch_size, seed, length)
+    embeddings = _embed(clip, opt.data_config(source, clip.image_size, changes), samples, batch_size, seed, length)
     label = data if not Path(data).exists() else Path(data).absolute().name
     found = fit_components(embeddings, embedding_length=length, data=label)
     found.save(target)
@@ -77,21 +78,14 @@ def fit_pca(
 
 
 def _embed(
-    clip: FrozenCLIP,
-    source: dict[str, Any],
-    changes: list[str] | None,
-    samples: int,
-    batch_size: int,
-    seed: int,
-    length: Literal["unit", "raw"],
+    clip: FrozenCLIP, data: DataConfig, samples: int, batch_size: int, seed: int, length: Literal["unit", "raw"]
 ) -> Tensor:
     """The first samples' image embeddings (N, E), on the CPU."""
     import torch
 
     from unclip.data import build_batches
 
-    config = opt.data_config(source, clip.image_size, changes)
-    batches = build_batches(config, batch_size=min(batch_size, samples), seed=seed)
+    batches = build_batches(data, batch_size=min(batch_size, samples), seed=seed)
     rows: list[Tensor] = []
     while sum(map(len, rows)) < samples:
         pixels = next(batches)["image"].to(clip.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,7 +14,7 @@ from unclip.errors import UsageError
 
 if TYPE_CHECKING:
     from unclip.clip import FrozenCLIP
-    from unclip.config import EpsilonStatistics
+    from unclip.config import DataConfig, EpsilonStatistics
 
 _BATCH = 64
 
@@ -70,7 +72,8 @@ def statistics(
         "caption_column": caption_column,
     }
     loaded = FrozenCLIP.load(clip, device=place)
-    measured = _measure(part, folder, loaded, source, changes, samples, steps, seed, batch_size)
+    data_of = partial(opt.data_config, source, changes=changes)
+    measured = _measure(part, folder, loaded, data_of, samples, steps, seed, batch_size)
     save_statistics(folder, measured)
     print(folder / STATISTICS)
 
@@ -79,20 +82,18 @@ def _measure(
     part: str,
     folder: Path,
     clip: FrozenCLIP,
-    source: dict[str, Any],
-    changes: list[str] | None,
+    data_of: Callable[[int], DataConfig],
     samples: int,
     steps: Any,
     seed: int,
     batch_size: int,
 ) -> EpsilonStatistics:
-    """Load the part and run it over the data."""
+    """Load the part and run it over the data, whose section `data_of` gives for an edge in pixels."""
     from unclip.data import build_batches
     from unclip.training import EmbeddingMemo
 
     def batches(size: int) -> Any:
-        config = opt.data_config(source, size, changes)
-        return build_batches(config, batch_size=min(batch_size, samples), seed=seed)
+        return build_batches(data_of(size), batch_size=min(batch_size, samples), seed=seed)
 
     if part == "prior":
         from prior import PriorStage

@@ -81,8 +81,12 @@ class ClipRunConfig(Config):
     @classmethod
     def _plain_pictures_too(cls, body: Any) -> Any:
         """Keeping embeddings takes the pictures as they were before augmentation."""
-        data = body.get("data", {}) if isinstance(body, dict) else None
-        if not isinstance(data, dict) or not body.get("keep_embeddings"):
+        if not isinstance(body, dict) or not body.get("keep_embeddings"):
+            return body
+        data = body.get("data", cls.model_fields["data"].default)
+        if isinstance(data, DataConfig):
+            data = data.model_dump()
+        if not isinstance(data, dict):
             return body
         if body.get("init_from") is None:
             raise ValueError("keep_embeddings keeps those of the CLIP that init_from names; name one")
