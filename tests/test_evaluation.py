@@ -271,20 +271,23 @@ def test_pictures_that_are_the_data_set(tiny_bundle: Path, folder: Path, tmp_pat
     fresh = write_folder(tmp_path / "fresh", 40, seed=2)
     network = extractor(tiny_bundle, small=True)
     shares = {}
-    for name, source in (("copies", folder), ("fresh", fresh)):
+    for name, source, others in (("copies", folder, held_out), ("fresh", fresh, held_out), ("alone", folder, None)):
         pictures = data(source)
         out = tmp_path / f"memory-{name}"
+        unseen = None if others is None else data(others)
         found = measure_memorisation(
-            Read(pictures, SIZE), pictures, data(folder), data(held_out), network, out, size=SIZE, cache=tmp_path / "m"
+            Read(pictures, SIZE), pictures, data(folder), unseen, network, out, size=SIZE, cache=tmp_path / "m"
         )
         assert found is not None
         shares[name] = (found["share_clip"].value, found["share_pixels"].value)
         closest = json.loads((out / "report.json").read_text())["closest"]
         assert len(closest) == 16
-        if name == "copies":
+        if name != "fresh":
             assert all(pair["pixels"]["training"] == pair["sample"] for pair in closest)
             assert all(pair["pixels"]["distance"] == 0 for pair in closest)
-    assert shares["copies"] == (100.0, 100.0)
+    assert shares["copies"] == shares["alone"] == (100.0, 100.0)
+    told = (tmp_path / "memory-alone" / "report.md").read_text()
+    assert "training pictures among themselves" in told and "of held-out" not in told
     assert max(shares["fresh"]) < 20  # of 40, about one in a hundred is expected
     with Image.open(tmp_path / "memory-copies" / "closest.png") as sheet:
         assert sheet.height > 16 * 64

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unclip.errors import UnclipError, UsageError
 from unclip.evaluation import metrics as m
-from unclip.evaluation.memorisation import distances
+from unclip.evaluation.memorisation import distances, without_copies
 from unclip.geometry import peak_signal_to_noise
 
 
@@ -144,6 +144,10 @@ def test_nearest_is_the_nearest() -> None:
     brute = (queries[:, None] - pool).norm(dim=-1).min(1)
     assert torch.equal(place, brute.indices)
     assert torch.allclose(found, brute.values)
+    found, place = m.nearest(pool, pool, block=16, others=True)
+    apart = torch.cdist(pool, pool).fill_diagonal_(torch.inf).min(1)
+    assert torch.equal(place, apart.indices)
+    assert torch.allclose(found, apart.values)
 
 
 def test_memorisation_tells_copies_from_fresh_ones() -> None:
@@ -155,6 +159,19 @@ def test_memorisation_tells_copies_from_fresh_ones() -> None:
     assert fresh.share < 0.04  # about a hundredth
     # Of the held-out pictures themselves as many lie below their first percentile as it says.
     assert distances(held_out, train, held_out).share == pytest.approx(0.01, abs=0.0025)
+    # Where all was trained on, training pictures are as far from one another as fresh ones are from them.
+    alone = distances(noise(2000, 6, seed=2), train, None)
+    assert alone.share < 0.04
+    assert distances(train[:100] + 1e-4, train, None).share == 1.0
+    unseen = distances(train[:1], train, held_out).baseline
+    assert alone.baseline.mean() == pytest.approx(float(unseen.mean()), rel=0.05)
+
+
+def test_copies_in_the_training_set_count_once() -> None:
+    small = np.stack([np.full((3, 2, 2), value, np.uint8) for value in (1, 2, 1, 3, 2)])
+    kept = without_copies({"small": small, "number": np.arange(5)})
+    assert kept["number"].tolist() == [0, 1, 3]
+    assert kept["small"][:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +184,8 @@ def test_too_few_pictures(measure: object, least: int) -> None:
             measure(noise(samples, 3), noise(real, 3))  # type: ignore[operator]
     with pytest.raises(UsageError, match="no held-out pictures to compare"):
         distances(noise(3, 2), noise(3, 2), noise(0, 2))
+    with pytest.raises(UsageError, match="there is one training picture, and none to compare it with"):
+        distances(noise(3, 2), noise(1, 2), None)
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,9 @@ def test_the_commands(run_cli: Run, tiny_bundle: Path, folder: Path, tmp_path: P
     assert code == 0, err
     assert "Closer than the baseline's 1st percentile" in out and out.endswith("report.html\n")
     assert (tmp_path / "memory" / "closest.png").is_file()
+    code, out, err = run_cli("memorisation", *common, "--out", tmp_path / "alone", "-q")  # nothing was held out
+    assert code == 0, err
+    assert "training pictures among themselves" in (tmp_path / "alone" / "report.md").read_text()
     code, out, err = run_cli("sweep", "guidance", *common, "--scales", 1, 2, "--out", tmp_path / "sweep")
     assert code == 0, err
     assert (tmp_path / "sweep" / "sweep.png").is_file()
@@ -226,7 +229,7 @@ def test_the_commands(run_cli: Run, tiny_bundle: Path, folder: Path, tmp_path: P
         (["sweep", "prior", *common, "--scales", 5], 2, "--scales is of `unclip sweep guidance`"),
         (["sweep", "steps", *common, "--etas", "-1"], 2, "the eta -1.0 is unknown"),
         (["sweep", "colours", *common], 2, "colours"),
-        (["memorisation", *common], 2, "there is nothing to compare with"),
+        (["memorisation", *common, "--held-out", tmp_path / "none"], 1, "there is no data set at"),
         (["memorisation", *common, "--features", "inception"], 2, "by CLIP's features and pixels"),
     ]
     for arguments, wanted, sentence in wrong:

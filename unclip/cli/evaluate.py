@@ -232,7 +232,8 @@ def memorisation(
         str | None,
         typer.Option(
             metavar="SOURCE",
-            help="Images of the same kind that were not trained on (default: what --set holdout=… keeps back).",
+            help="Images of the same kind that were not trained on (default: what --set holdout=… keeps back; else "
+            "training pictures are compared with each other).",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -243,30 +244,27 @@ def memorisation(
 ) -> None:
     """Measure whether a model repeats its training pictures: --data is what it was trained on.
 
-    Each sample's nearest training picture, by CLIP's features and by pixels, against how near held-out pictures come.
-    Writes the report, the distances and a sheet of the closest pairs.
+    Each sample's nearest training picture, by CLIP's features and by pixels, against how near pictures come that
+    were not trained on or, where there are none, how near training pictures lie to one another. Writes the report,
+    the distances and a sheet of the closest pairs.
     """
     from unclip.evaluation import measure_memorisation
 
     if asked.features is Features.inception:
         raise UsageError("memorisation is measured by CLIP's features and pixels; leave --features out")
     config = _data(data, asked)
-    if held_out is None and not config.holdout:
-        raise UsageError(
-            "there is nothing to compare with: name images that were not trained on with --held-out SOURCE, or the "
-            "training run's share with --set holdout=…"
-        )
-    if held_out is None:
+    other = None
+    if held_out is not None:
+        other = config.model_copy(update={"source": held_out, "holdout": 0.0, "part": "train"})
+    elif config.holdout:
         config = config.model_copy(update={"part": "train"})
         other = config.model_copy(update={"part": "validation"})
-    else:
-        other = config.model_copy(update={"source": held_out, "holdout": 0.0, "part": "train"})
     ready = _Ready(asked, config, sampling.given(guidance_text=guidance_text), small=True)
     assert ready.drawn is not None
     with _Told(asked.quiet) as told:
         report = measure_memorisation(
-            ready.drawn, ready.prompts, ready.real, _open(other, None, ready.size), ready.extractor, asked.out,
-            size=ready.size, cache=asked.cache, share=ready.share, told=told,
+            ready.drawn, ready.prompts, ready.real, None if other is None else _open(other, None, ready.size),
+            ready.extractor, asked.out, size=ready.size, cache=asked.cache, share=ready.share, told=told,
         )  # fmt: skip
     _tell(report, asked)
 

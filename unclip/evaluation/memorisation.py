@@ -2,7 +2,8 @@
 that it never saw.
 
 unCLIP's authors looked for memorisation by eye; here held-out pictures of the same kind are the measure, since pictures
-of one kind lie close to one another whether they are copied or not.
+of one kind lie close to one another whether they are copied or not. Where everything was trained on, the training
+pictures are measured against each other, each left out in its turn.
 """
 
 from __future__ import annotations
@@ -28,26 +29,27 @@ from unclip.evaluation.real import RealFeatures, default_cache
 from unclip.evaluation.report import Figure, Report, Section, made_with, plot
 
 PERCENTILE = 1.0
-"""Of the held-out pictures' distances; what lies below it is counted as suspiciously close."""
+"""Of the baseline's distances; what lies below it is counted as suspiciously close."""
 SPACES = {"clip": "CLIP features", "pixels": "pixels"}
 _PAIRS = 16
 _QUANTILES = (1, 5, 25, 50, 75, 95)
+HELD_OUT, EACH_OTHER = "held-out pictures", "training pictures among themselves"
 
 
 @dataclass(frozen=True)
 class Distances:
-    """In one space: of each sample, and of each held-out picture, the distance to the nearest training picture, and of
-    samples its index.
+    """In one space: of each sample, and of each picture of the baseline, the distance to the nearest training picture,
+    and of samples its index.
     """
 
     samples: Tensor
     nearest: Tensor
-    held_out: Tensor
+    baseline: Tensor
 
     @property
     def threshold(self) -> float:
         """The baseline's first percentile."""
-        return float(torch.quantile(self.held_out, PERCENTILE / 100))
+        return float(torch.quantile(self.baseline, PERCENTILE / 100))
 
     @property
     def share(self) -> float:
@@ -55,13 +57,27 @@ class Distances:
         return float((self.samples < self.threshold).double().mean())
 
 
-def distances(samples: Tensor, train: Tensor, held_out: Tensor) -> Distances:
-    """Euclidean ones between features (N, D), in float64. UsageError: one of the three is empty."""
-    for name, features in (("samples", samples), ("training pictures", train), ("held-out pictures", held_out)):
-        if not len(features):
+def distances(samples: Tensor, train: Tensor, held_out: Tensor | None) -> Distances:
+    """Euclidean ones between features (N, D), in float64; without `held_out` the baseline is each training picture's
+    distance to the nearest other one. UsageError: there is too little to compare.
+    """
+    for name, features in (("samples", samples), ("training pictures", train), (HELD_OUT, held_out)):
+        if features is not None and not len(features):
             raise UsageError(f"there are no {name} to compare")
+    if held_out is None and len(train) < 2:
+        raise UsageError("there is one training picture, and none to compare it with; name others with --held-out")
+    baseline = nearest(train, train, others=True) if held_out is None else nearest(held_out, train)
     found, place = nearest(samples, train)
-    return Distances(found, place, nearest(held_out, train)[0])
+    return Distances(found, place, baseline[0])
+
+
+def without_copies(seen: Arrays) -> Arrays:
+    """The first of all training pictures that are the same in every pixel of 32×32: a copy would be its own nearest."""
+    first: dict[bytes, int] = {}
+    for place, small in enumerate(seen["small"]):
+        first.setdefault(small.tobytes(), place)
+    kept = np.fromiter(first.values(), np.int64)
+    return {name: values[kept] for name, values in seen.items()}
 
 
 def space(arrays: Arrays, name: str) -> Tensor:
@@ -78,7 +94,7 @@ def measure_memorisation(
     source: Source,
     prompts: EvaluationData,
     train: EvaluationData,
-    held_out: EvaluationData,
+    held_out: EvaluationData | None,
     extractor: Extractor,
     out: Path,
     *,
@@ -90,97 +106,110 @@ def measure_memorisation(
     """Do this process's share and, where all is done then, write the report to `out`, with distances.png and the
     closest pairs; None where others are at work. `extractor` is one with `small`.
 
-    `prompts` should be captions of the training pictures: those are what a model can repeat. Raises UnclipError: `out`
-    was begun with other settings, a package is missing.
+    `prompts` should be captions of the training pictures: those are what a model can repeat. Without `held_out` the
+    training pictures are compared with each other, copies left aside. Raises UnclipError: `out` was begun with other
+    settings, a package is missing.
     """
     need_eval()
     share = Share() if share is None else share
-    about_data = {"train": describe(train.config), "held out": describe(held_out.config)}
+    about_data = {"train": describe(train.config), "held out": describe(held_out.config) if held_out else None}
     where = {**describe(prompts.config), "limit": prompts.limit}
     settings = {"source": source.identity, "prompts": where, "network": extractor.identity, "size": size, **about_data}
     begin(out, {"kind": "memorisation", **settings})
     place = cache or default_cache()
-    known, unknown = RealFeatures(train, extractor, size, place), RealFeatures(held_out, extractor, size, place)
+    known = RealFeatures(train, extractor, size, place)
+    unknown = RealFeatures(held_out, extractor, size, place) if held_out else None
     samples = SampleFeatures(prompts, source, extractor, out / "pieces")
     known.make(share, lambda number: told("training pictures", number))
-    unknown.make(share, lambda number: told("held-out pictures", number))
+    if unknown:
+        unknown.make(share, lambda number: told(HELD_OUT, number))
     samples.make(share, lambda number: told("samples", number))
-    if not (known.complete and unknown.complete and samples.complete):
+    if not (known.complete and (unknown is None or unknown.complete) and samples.complete):
         return None
-    drawn, seen, unseen = samples.load(), known.load(), unknown.load()
+    drawn, seen, unseen = samples.load(), known.load(), unknown.load() if unknown else None
     if not len(drawn.get("number", ())):
         raise UsageError(f"there is no sample to compare: {prompts.tally.report()}")
-    found = {name: distances(space(drawn, name), space(seen, name), space(unseen, name)) for name in SPACES}
-    same = _shared(found)
+    total = len(seen["number"])
+    if unseen is None:
+        seen = without_copies(seen)
+    found = {
+        name: distances(space(drawn, name), space(seen, name), None if unseen is None else space(unseen, name))
+        for name in SPACES
+    }
+    copies = total - len(seen["number"]) if unseen is None else _shared(found)
+    other = EACH_OTHER if unseen is None else HELD_OUT
     about = {
         "pictures": source.identity.get("model", {}).get("name") or prompts.config.source,
         "samples": f"{len(drawn['clip'])} of {len(drawn['number'])} captions of {prompts.config.source}",
-        "training pictures": f"{len(seen['number'])} of {train.config.source}",
-        "held-out pictures": f"{len(unseen['number'])} of {held_out.config.source}",
+        "training pictures": f"{total} of {train.config.source}",
+        HELD_OUT: f"{len(unseen['number'])} of {held_out.config.source}" if held_out and unseen else "none",
         "size": f"{size} px",
         "compared by": f"{extractor.clip_label}; pixels of 32×32",
         "settings": source.identity,
         "made with": made_with(extractor.clip.device),
     }
-    figures = [figure for name, one in found.items() for figure in _figures(name, one)]
+    figures = [figure for name, one in found.items() for figure in _figures(name, one, other)]
     values = {"closest": [_pair(index, found, drawn, seen) for index in _closest(found["clip"])]}
     sections = [
-        Section("Distances", _text(same), picture=("distances", plot(2, lambda axes: _draw(axes, found), columns=2))),
-        _quantiles(found),
+        Section("Distances", _text(copies, other),
+                picture=("distances", plot(2, lambda axes: _draw(axes, found, other), columns=2))),
+        _quantiles(found, other),
         _pairs(found, drawn, seen, train, source.num_images),
-    ]
+    ]  # fmt: skip
     report = Report(f"Memorisation of {about['pictures']}", about, figures, sections, values)
     report.write(out)
     return report
 
 
-def _figures(name: str, one: Distances) -> list[Figure]:
+def _figures(name: str, one: Distances, other: str) -> list[Figure]:
     label, count = SPACES[name], len(one.samples)
     error = (max(one.share * (1 - one.share), 0.0) / count) ** 0.5
     note = f"{PERCENTILE:g} % would be where nothing is copied; threshold {one.threshold:.4g}"
     mean, spread = mean_and_error(one.samples)
-    reference = mean_and_error(one.held_out)[0]
+    reference = mean_and_error(one.baseline)[0]
     return [
         Figure(f"share_{name}", f"Closer than the baseline's 1st percentile, {label}, %", 100 * one.share, "lower",
                100 * error, PERCENTILE, note),
         Figure(f"distance_{name}", f"Distance to the nearest training picture, {label}", mean, "", spread, reference,
-               "real: of held-out pictures"),
+               f"real: of {other}"),
     ]  # fmt: skip
 
 
 def _shared(found: dict[str, Distances]) -> int:
     """Zero distances of held-out pictures: they are in the training data too."""
-    return int((found["pixels"].held_out == 0).sum())
+    return int((found["pixels"].baseline == 0).sum())
 
 
-def _text(same: int) -> str:
+def _text(copies: int, other: str) -> str:
     text = (
-        "How far samples and held-out pictures lie from their nearest training picture. Samples that heap up left of "
-        "the dashed line, the held-out pictures' first percentile, are closer than pictures of this kind are by chance."
+        f"How far samples, and {other}, lie from the nearest training picture. Samples that heap up left of the dashed "
+        "line, the baseline's first percentile, are closer than pictures of this kind are by chance."
     )
-    if same:
-        text += f" {same} held-out pictures are training pictures themselves, which makes the baseline too lenient."
+    if copies and other == HELD_OUT:
+        text += f" {copies} held-out pictures are training pictures themselves, which makes the baseline too lenient."
+    elif copies:
+        text += f" {copies} training pictures are copies of others, and left aside."
     return text
 
 
-def _draw(axes: list[Any], found: dict[str, Distances]) -> None:
+def _draw(axes: list[Any], found: dict[str, Distances], other: str) -> None:
     for axis, (name, one) in zip(axes, found.items(), strict=True):
-        top = float(max(one.samples.max(), one.held_out.max())) * 1.02 + 1e-9
+        top = float(max(one.samples.max(), one.baseline.max())) * 1.02 + 1e-9
         bins = np.linspace(0, top, 50)
-        axis.hist(one.held_out.numpy(), bins, density=True, alpha=0.5, color="C7", label="held-out pictures")
+        axis.hist(one.baseline.numpy(), bins, density=True, alpha=0.5, color="C7", label=other)
         axis.hist(one.samples.numpy(), bins, density=True, alpha=0.6, color="C0", label="samples")
-        axis.axvline(one.threshold, color="black", linestyle="--", linewidth=1, label="1st percentile held out")
+        axis.axvline(one.threshold, color="black", linestyle="--", linewidth=1, label="the baseline's 1st percentile")
         axis.set_title(f"to the nearest training picture, {SPACES[name]}", fontsize=10)
         axis.set_xlabel("distance", fontsize=8)
         axis.legend(fontsize=7)
 
 
-def _quantiles(found: dict[str, Distances]) -> Section:
+def _quantiles(found: dict[str, Distances], other: str) -> Section:
     points = torch.tensor(_QUANTILES, dtype=torch.float64) / 100
     rows = [
         [f"{who}, {SPACES[name]}", *torch.quantile(values, points).tolist()]
         for name, one in found.items()
-        for who, values in (("samples", one.samples), ("held-out pictures", one.held_out))
+        for who, values in (("samples", one.samples), (other, one.baseline))
     ]
     return Section("Percentiles of the distances", "", (["", *(f"{q} %" for q in _QUANTILES)], rows))
 

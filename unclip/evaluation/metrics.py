@@ -164,15 +164,21 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(values.mean()), error
 
 
-def nearest(queries: Tensor, pool: Tensor, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
-    """For each query (Q, D) the Euclidean distance to the nearest of a pool (P, D), and its index; float64."""
+def nearest(queries: Tensor, pool: Tensor, block: int = _BLOCK, *, others: bool = False) -> tuple[Tensor, Tensor]:
+    """For each query (Q, D) the Euclidean distance to the nearest of a pool (P, D), and its index; float64.
+
+    With `others` the queries are the pool itself, and each one's own place in it does not count.
+    """
     distances, indices = [], []
     pool = pool.double()
-    for part in queries.double().split(block):
+    for number, part in enumerate(queries.double().split(block)):
         best = torch.full((len(part),), torch.inf, dtype=torch.float64)
         place = torch.zeros(len(part), dtype=torch.int64)
         for start in range(0, len(pool), block):
-            found = torch.cdist(part, pool[start : start + block], compute_mode="donot_use_mm_for_euclid_dist").min(1)
+            apart = torch.cdist(part, pool[start : start + block], compute_mode="donot_use_mm_for_euclid_dist")
+            if others and start == number * block:
+                apart.fill_diagonal_(torch.inf)
+            found = apart.min(1)
             closer = found.values < best
             best = torch.where(closer, found.values, best)
             place = torch.where(closer, found.indices + start, place)
