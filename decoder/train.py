@@ -76,8 +76,9 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
     autoencoder = None if model.latent is None else open_autoencoder(model.latent, distributed.device)
 
     def embed(batch: dict[str, Any]) -> tuple[Tensor, Tensor, TextFeatures]:
-        image = batch["image"].contiguous(memory_format=torch.channels_last)
-        return image, memo.image_of({**batch, "image": image}), memo.text_of(batch)
+        """What to draw, and the features to draw it from: with data.plain those of another style of it."""
+        image = batch.get("plain", batch["image"]).to(distributed.device).contiguous(memory_format=torch.channels_last)
+        return image, memo.image_of(batch), memo.text_of(batch)
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         image, embedding, text = embed(batch)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,15 @@ from unclip.evaluation.sweeps import guidance_sweep, prior_sweep, steps_sweep, s
 Run = Callable[..., tuple[int, str, str]]
 ROOT = Path(__file__).parents[1]
 KINDS = ("frechet", "kernel", "precision", "clip", "diversity")  # without torchmetrics, which takes long to import
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes started below have: on some CPUs another number of threads rounds otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

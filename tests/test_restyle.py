@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from decoder import DecoderRunConfig, decoder_loss, train
+from unclip.clip import FrozenCLIP
+from unclip.config import parse_config
+from unclip.data import build_batches
 from unclip.data.restyle import STYLES, blurred, contours, hue, lit, restyle_batch, turned
+from unclip.training import current
 
 
 def _pictures(count: int = 6, size: int = 32) -> Tensor:
@@ -102,3 +110,32 @@ def test_light_colours_the_background() -> None:
     white = torch.ones(3, 32, 32)
     shown = lit(white, np.random.default_rng(0))
     assert (shown.mean((1, 2)) < 1).all() and shown.mean((1, 2)).std() > 0.01
+
+
+def test_a_decoder_draws_the_plain_picture_from_the_restyled_one(
+    tiny_clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With data.plain the embedding is of what restyle made, and the target is what it was made of."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(*arguments: Any) -> dict[str, Tensor]:
+        seen.append((arguments[3], arguments[4]))
+        return decoder_loss(*arguments)
+
+    monkeypatch.setattr(train, "decoder_loss", spy)
+    unet = {"image_size": 16, "patch_size": 4, "model_channels": 16, "channel_mult": [1], "num_res_blocks": 1,
+            "attention_resolutions": [], "head_channels": 16}  # fmt: skip
+    data = {"image_size": 16, "restyle": 1.0, "plain": True, "synthetic": {"size": 32, "max_objects": 1}}
+    settings = {"run_dir": str(tmp_path), "steps": 1, "batch_size": 4, "precision": "float32", "sample_every": 1,
+                "wandb": {"mode": "disabled"}}  # fmt: skip
+    body = {"clip": str(tiny_clip_folder), "model": {"unet": unet, "context_dim": 16, "steps": 2}, "data": data}
+    config = parse_config(DecoderRunConfig, {**body, "train": settings})
+    train.run(config, current())
+    clip = FrozenCLIP.load(str(tiny_clip_folder))
+    usual = config.data.model_copy(update={"plain": False, "restyle": 0.0})
+    batch = next(build_batches(usual, batch_size=4, seed=config.train.seed))
+    target, embedding = seen[0]
+    assert torch.equal(target.contiguous(), batch["image"])
+    restyled = next(build_batches(config.data, batch_size=4, seed=config.train.seed))["image"]
+    torch.testing.assert_close(embedding, clip.encode_image(restyled))
+    assert not torch.allclose(embedding, clip.encode_image(batch["image"]), atol=1e-3)

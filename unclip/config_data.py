@@ -98,7 +98,8 @@ class DataConfig(Config):
     )
     plain: bool = Field(
         False,
-        description="give the picture before augment and restyle as well; a CLIP's run with keep_embeddings sets it",
+        description="give the picture before augment and restyle as well: a decoder then learns to draw it from the "
+        "embedding of what they made of it; a CLIP's run with keep_embeddings sets it",
     )
     cache: bool = Field(False, description="keep decoded images in memory (small sets)")
     shuffle_buffer: int = Field(1000, ge=1, description="samples held for shuffling a stream")
@@ -115,8 +116,8 @@ class DataConfig(Config):
         self._check_low()
         if self.plain and (self.has_low or self.crop_size is not None or self.horizontal_flip):
             raise ValueError(
-                "a CLIP that keeps its embeddings compares each picture with what augment and restyle made of it; "
-                "leave out low_column, crop_size and horizontal_flip"
+                "data.plain (which keep_embeddings sets) compares each picture with what augment and restyle made of "
+                "it; leave out low_column, crop_size and horizontal_flip"
             )
         if self.sources and self.source != "synthetic":
             raise ValueError(f"both source ({self.source!r}) and sources are named; expected one of them")
