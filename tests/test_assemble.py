@@ -117,7 +117,7 @@ def test_missing_and_wrong_parts(tiny_parts: dict[str, Path], tmp_path: Path) ->
         assemble(tmp_path / "b", {"clip": decoder, "decoder": decoder})
     with pytest.raises(UnclipError, match="no such folder"):
         assemble(tmp_path / "b", {"clip": clip, "decoder": tmp_path / "nowhere"})
-    with pytest.raises(UsageError, match="no model card"):
+    with pytest.raises(UnclipError, match="no model card"):
         assemble(tmp_path / "b", {"clip": clip, "decoder": decoder}, card=tmp_path / "none.md")
     assert not any(tmp_path.iterdir())
 

@@ -57,12 +57,12 @@ def test_a_prompt_that_is_no_text(fails: Fails, tiny_bundle: Path, tmp_path: Pat
 
 def test_prompts_files(fails: Fails, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    assert "cannot be read: No such file" in fails(2, "sample", "--prompts-file", file)
-    assert "cannot be read: Is a directory" in fails(2, "sample", "--prompts-file", tmp_path)
+    assert "cannot be read: No such file" in fails(1, "sample", "--prompts-file", file)
+    assert "cannot be read: Is a directory" in fails(1, "sample", "--prompts-file", tmp_path)
     file.write_text("\n# nothing\n\n")
-    assert "holds no prompt; expected one a line" in fails(2, "sample", "--prompts-file", file)
+    assert "holds no prompt; expected one a line" in fails(1, "sample", "--prompts-file", file)
     file.write_bytes(b"\xff\xfe\x00pizza")
-    assert "is not UTF-8 text" in fails(2, "sample", "--prompts-file", file)
+    assert "is not UTF-8 text" in fails(1, "sample", "--prompts-file", file)
 
 
 # ---- options -----------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_embeddings_that_are_none(
 
 
 def test_no_embeddings(fails: Fails, tmp_path: Path) -> None:
-    assert "cannot be read: No such file" in fails(2, "decode", tmp_path / "none.npy")
+    assert "cannot be read: No such file" in fails(1, "decode", tmp_path / "none.npy")
 
 
 # ---- output ------------------------------------------------------------------------------------------------

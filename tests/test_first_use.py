@@ -37,7 +37,7 @@ def test_a_pictures_name_is_never_drawn_as_a_prompt(tmp_path: Path) -> None:
     known, names = read_ends([str(tmp_path / "a.png"), "no. 7"], [], ["gone.png"])
     assert isinstance(known[0], Image.Image) and known[1:] == [Prompt("no. 7"), Prompt("gone.png")]
     assert names == ["a.png", "no. 7", "gone.png"]
-    with pytest.raises(UsageError, match=r"there is no image file at gone\.jpg; a prompt does not end in \.jpg"):
+    with pytest.raises(UnclipError, match=r"there is no image file at gone\.jpg; a prompt does not end in \.jpg"):
         read_ends(["fox", "gone.jpg"], [], [])
     long = "fox " * 100  # longer than a file's name may be
     assert read_ends([long, "owl"], [], [])[0] == [Prompt(long), Prompt("owl")]

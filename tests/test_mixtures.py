@@ -188,7 +188,7 @@ def test_mix_on_the_command_line(tiny_bundle: Path, tmp_path: Path, run_cli: Run
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "plain.png") as plain:
         assert one.tobytes() == plain.tobytes()
     for parts, code, message in (
-        (["gone.png:0.5"], 2, "there is no image file at gone.png"),
+        (["gone.png:0.5"], 1, "there is no image file at gone.png"),
         ([":0.5"], 2, "names nothing; expected IMAGE:WEIGHT"),
         (["pizza:nan"], 2, "the weight of 'pizza' is nan"),
         (["pizza:0"], 2, "all weights of the mixture are 0"),

@@ -58,9 +58,9 @@ def test_sheets_tell_nothing_and_the_key_all(tmp_path: Path) -> None:
     texts = "".join(file.read_text() for file in (tmp_path / "sheets").glob("*.[ct]*"))
     assert not any(word in texts for word in ("madder", "verdigris", "guidance"))
     for place, words in ((tmp_path / "key.json", "votes may be waiting"), (tmp_path / "new" / "k.json", "among the")):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UnclipError, match=words):
             check(tmp_path / "new", place)
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UnclipError, match="is there already"):
         check(tmp_path / "sheets", tmp_path / "other.json")
 
 
@@ -131,7 +131,7 @@ def test_wrong_tables_are_answered(tmp_path: Path) -> None:
         (tmp_path / "v.csv").write_text(body)
         with pytest.raises(UsageError, match=words):
             count(key, [tmp_path / "v.csv"])
-    with pytest.raises(UsageError, match="no key at"):
+    with pytest.raises(UnclipError, match="no key at"):
         read_key(tmp_path / "nothing.json")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(UnclipError, match="no key of pairs"):

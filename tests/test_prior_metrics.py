@@ -76,4 +76,4 @@ def test_command_and_batches(
     code, _, error = run_cli("prior-metrics", *common, "--set", "synthetic.size=1", "--out", tmp_path / "x")
     assert code == 1 and "1 samples to measure a prior on" in error
     code, _, error = run_cli("prior-metrics", *common, "--out", tmp_path / "4")
-    assert code == 2 and "is there already" in error
+    assert code == 1 and "is there already" in error

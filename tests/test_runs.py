@@ -241,7 +241,7 @@ def test_the_table_of_runs(tmp_path: Path, run_cli: Cli) -> None:
     assert run_cli("runs", tmp_path / "none") == (0, f"no runs in {tmp_path / 'none'}\n", "")
     assert run_cli("runs", tmp_path / "none", "--json")[1].strip() == "[]"
     code, out, err = run_cli("runs", tmp_path / "nowhere")
-    assert (code, out) == (2, "")
+    assert (code, out) == (1, "")
     assert err.startswith(f"unclip: there is no folder {tmp_path / 'nowhere'}; name the one that holds your runs")
 
 
@@ -313,8 +313,8 @@ def test_bad_input_to_plot(tmp_path: Path, run_cli: Cli, monkeypatch: pytest.Mon
     for arguments, code, expected in (
         ((run, "--out", tmp_path / "x.jpg"), 2, "expected a file that ends in .png"),
         ((run, "--keys", "los", "--out", out), 2, "no run has the metric 'los'; known: loss, lr, images_per_second"),
-        ((empty, "--out", out), 2, f"{empty} is no run: it has no metrics.jsonl; `unclip runs FOLDER` lists"),
-        ((tmp_path / "nowhere", "--out", out), 2, f"there is no run {tmp_path / 'nowhere'}"),
+        ((empty, "--out", out), 1, f"{empty} is no run: it has no metrics.jsonl; `unclip runs FOLDER` lists"),
+        ((tmp_path / "nowhere", "--out", out), 1, f"there is no run {tmp_path / 'nowhere'}"),
         ((run, "--smooth", "1.5", "--out", out), 2, "less than or equal to 0.999"),
         ((run, "--out", run / "metrics.jsonl" / "x.png"), 2, "cannot be written"),
     ):

@@ -84,7 +84,7 @@ def test_the_command_measures_a_part(bundle: Path, run_cli: Run, part: str) -> N
     assert (found.noise_limit is None) == (part == "prior")
     first = (bundle / part / STATISTICS).read_bytes()
     code, _, err = run_cli(*command, "--steps", "0,400,999")
-    assert code == 2 and "exists; pass --overwrite to measure again" in err
+    assert code == 1 and "exists; pass --overwrite to measure again" in err
     single = ["statistics", bundle / part, "--part", part, "--clip", bundle / "clip", *command[4:], "--overwrite"]
     assert run_cli(*single, "--steps", "0,400,999", "--device", "cpu")[0] == 0
     assert (bundle / part / STATISTICS).read_bytes() == first

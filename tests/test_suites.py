@@ -310,7 +310,6 @@ def test_suite_command(tmp_path: Path, tiny_bundle: Path, run_cli: Run) -> None:
     assert body["categories"]["caption trained on"]["prompts"] == 2 and body["about"]["size"] == 64
     assert Image.open(out / "sheet-a.png").width > 300 and "sheet-a.png" in (out / "report.md").read_text()
     for arguments, words in (
-        (("suite", file, "--out", out), "is there already"),
         (("suite", "emoji", "--out", tmp_path / "x"), "name it with --data"),
         (("suite", "general", "--data", "synthetic", "--out", tmp_path / "x"), "leave it out"),
         (("suite", "scenes", "--data", "synthetic", "--split", "test", "--out", tmp_path / "x"), "only what was"),
@@ -319,6 +318,8 @@ def test_suite_command(tmp_path: Path, tiny_bundle: Path, run_cli: Run) -> None:
         code, _, told = run_cli(*arguments)
         assert code == 2 and words in told, told
     assert not (tmp_path / "x").exists()
+    code, _, told = run_cli("suite", file, "--out", out)
+    assert code == 1 and "is there already" in told
 
 
 def test_extents_are_those_of_the_drawings() -> None:

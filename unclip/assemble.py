@@ -142,7 +142,7 @@ def _check(out: Path, parts: Mapping[str, Path], card: Path | None, overwrite: b
             f"{out} is not a bundle ({MANIFEST} is missing), so it is not replaced; name another folder"
         )
     if card is not None and not card.is_file():
-        raise UsageError(f"there is no model card at {card}")
+        raise UnclipError(f"there is no model card at {card}")
 
 
 def _check_clip(parts: Mapping[str, Path]) -> None:

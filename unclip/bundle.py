@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unclip.config import ConfigT, EpsilonStatistics, parse_config
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, UsageError
 from unclip.hub import CHECKPOINT, EVERYTHING, Remote, check_links, fetch, fetch_described, is_snapshot, parse_name
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -223,6 +223,8 @@ def resolve_model(
     where it is not converted as a whole yet.
     """
     text, folder = str(name), Path(name).expanduser()
+    if not text.strip():
+        raise UsageError(f"the model's name is empty; name {BUNDLED!r}, a folder, or a Hub id user/name")
     if text == BUNDLED and not (folder / MANIFEST).is_file():
         return _MODELS / BUNDLED
     hub = None if folder.exists() else parse_name(text, revision)
@@ -311,7 +313,9 @@ def _contents(folder: Path) -> str:
 def read_json(file: Path) -> dict[str, Any]:
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise UnclipError(f"{file} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # no UTF-8, or no JSON
         raise UnclipError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(body, dict):
         raise UnclipError(f"{file} holds a {type(body).__name__}, expected a JSON object")

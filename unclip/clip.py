@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing, resolve_model, write_json
 from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE
 from unclip.clip_library import library_for, library_of
-from unclip.errors import UnclipError, UsageError
+from unclip.errors import UnclipError, UsageError, nearest
 from unclip.hub import answer_of
 from unclip.text_features import TextFeatures
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
@@ -91,8 +91,8 @@ class FrozenCLIP(nn.Module):
                 name, pretrained = name.split("/", 1)
             if not name.startswith("hf-hub:") and name not in known:
                 raise UnclipError(
-                    f"no CLIP called {name!r}: it is no folder, no open_clip architecture (`unclip info` counts "
-                    f"{len(known)}) and no 'hf-hub:user/name'"
+                    f"no CLIP called {name!r}: it is no folder, no 'hf-hub:user/name' and no architecture of open_clip "
+                    f"({nearest(name, known)})"
                 )
             if name in known and pretrained is None:
                 raise UnclipError(

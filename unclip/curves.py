@@ -50,11 +50,11 @@ class Panel:
 
 
 def read_curves(run: Path) -> Curves:
-    """The curves of a run folder or of a `metrics.jsonl`. UsageError: neither is there. UnclipError: no line in it."""
+    """The curves of a run folder or of a `metrics.jsonl`. UnclipError: neither is there, or no line in it."""
     file = run / METRICS if run.is_dir() else run
     if not file.is_file():
         what = f"{run} is no run: it has no {METRICS}" if run.is_dir() else f"there is no run {run}"
-        raise UsageError(f"{what}; `unclip runs FOLDER` lists the runs in a folder")
+        raise UnclipError(f"{what}; `unclip runs FOLDER` lists the runs in a folder")
     points: dict[str, tuple[list[int], list[float]]] = {}
     for row in read_rows(file):
         for key, value in row.items():
@@ -62,6 +62,8 @@ def read_curves(run: Path) -> Curves:
                 steps, values = points.setdefault(key, ([], []))
                 steps.append(row["step"])
                 values.append(float(value))
+    if not points and file.name != METRICS and file.stat().st_size:
+        raise UnclipError(f"{file} is no {METRICS}; name a run's folder, or the {METRICS} in it")
     if not points:
         raise UnclipError(f"{file} holds no metrics yet; the first are written at step train.log_every")
     return Curves((run if run.is_dir() else run.parent).absolute(), points)

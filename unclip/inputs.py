@@ -19,6 +19,8 @@ from unclip.config import check_steps
 from unclip.errors import UnclipError, UsageError
 
 LARGEST_SEED = 2**32 - 1
+_LONGEST = 1e12
+"""Elements beyond it, or all below its reciprocal, would over- or underflow as squares in float32."""
 Steps = int | str | Sequence[int]
 """Sampling steps: a number, a spacing such as "ddim50", or a list of timesteps (unclip.diffusion.timesteps_from)."""
 
@@ -146,10 +148,9 @@ def check_embeddings(embeddings: Any, dim: int, *, unit_length: bool = True) -> 
         array = np.asarray(embeddings)
         if array.dtype.kind != "f":
             raise UsageError(f"embeddings of type {array.dtype}; expected floating point numbers")
-        tensor = torch.from_numpy(array.astype(np.float32))
+        tensor = torch.from_numpy(array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32))
     if not tensor.is_floating_point():
         raise UsageError(f"embeddings of type {tensor.dtype}; expected floating point numbers")
-    tensor = tensor.float()
     if tensor.ndim == 1:
         tensor = tensor[None]
     if tensor.ndim == 2 and not len(tensor):
@@ -161,24 +162,34 @@ def check_embeddings(embeddings: Any, dim: int, *, unit_length: bool = True) -> 
         raise UsageError(
             f"embedding {int(bad.nonzero()[0])} holds NaN or infinity ({int(bad.sum())} of {len(tensor)} do)"
         )
-    norm = tensor.norm(dim=1, keepdim=True)
-    if (norm == 0).any():
+    largest = tensor.abs().amax(dim=1, keepdim=True)
+    if (largest == 0).any():
         raise UsageError(
-            f"embedding {int((norm[:, 0] == 0).nonzero()[0])} is all zeros, which has no direction"
+            f"embedding {int((largest[:, 0] == 0).nonzero()[0])} is all zeros, which has no direction"
         )
-    return tensor / norm if unit_length else tensor
+    odd = (largest > _LONGEST) | (largest < 1 / _LONGEST)
+    if not odd.any():
+        tensor = tensor.float()
+    elif unit_length:
+        tensor = torch.where(odd, tensor / largest, tensor).float()
+    else:
+        raise UsageError(
+            f"embedding {int(odd[:, 0].nonzero()[0])} has elements of up to {float(largest[odd][0]):.3g}; this model "
+            "reads embeddings with the CLIP's own length"
+        )
+    return tensor / tensor.norm(dim=1, keepdim=True) if unit_length else tensor
 
 
 def read_embeddings(file: Path) -> np.ndarray:
     """The array of a .npy file, memory-mapped and never unpickled.
 
-    UsageError: no such file, not .npy, pickled objects, no floats.
+    UnclipError: no such file. UsageError: not .npy, pickled objects, no floats.
     """
     try:
         with file.open("rb") as stream:
             start = stream.read(6)
     except OSError as error:
-        raise UsageError(f"the embeddings {file} cannot be read: {error.strerror or error}") from error
+        raise UnclipError(f"the embeddings {file} cannot be read: {error.strerror or error}") from error
     if start != b"\x93NUMPY":
         kind = "a .npz archive" if start.startswith(b"PK") else "not a .npy file"
         raise UsageError(f"{file} is {kind}; expected one array written by numpy.save")

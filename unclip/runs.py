@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from unclip.errors import UsageError
+from unclip.errors import UnclipError
 
 STATUS, METRICS, CONFIG, CHECKPOINTS = "status.json", "metrics.jsonl", "config.yaml", "checkpoints"
 MEASURED = ("images_per_second", "mfu", "memory_gib")
@@ -123,9 +123,9 @@ def trainer_of(folder: Path, patience: float = 2.5 * HEARTBEAT_SECONDS) -> str |
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """The runs in and below a folder, by path. UsageError: no such folder."""
+    """The runs in and below a folder, by path. UnclipError: no such folder."""
     if not folder.is_dir():
-        raise UsageError(f"there is no folder {folder}; name the one that holds your runs, such as runs")
+        raise UnclipError(f"there is no folder {folder}; name the one that holds your runs, such as runs")
     return [read_run(path) for path in sorted(_run_folders(folder))]
 
 

@@ -47,20 +47,29 @@ elsewhere=(train_clip.py --config configs/clip/emoji_elsewhere.yaml init_from="$
     train.run_dir="$RUNS/clip_elsewhere")
 [ -f "$RUNS/clip_elsewhere/model/open_clip_config.json" ] || stage "${elsewhere[@]}"
 stage "${elsewhere[@]}" train.steps=2550 train.optimizer.lr=6.0e-3 data.augment=false data.restyle=0.5
+# And once more, held half as tightly: prior and decoder follow it below.
+settled=$RUNS/clip_settled/model
+stage train_clip.py --config configs/clip/emoji_elsewhere.yaml init_from="$RUNS/clip_elsewhere/model" "$natural" \
+    train.run_dir="$RUNS/clip_settled" keep_embeddings=5.0 data.augment=false data.restyle=0.55 train.precision=bfloat16 \
+    train.steps=900 train.optimizer.lr=6.0e-4 train.seed=5
 stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$natural" train.run_dir="$RUNS/prior"
 every="data.sources=[{source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}]"
 stage train_decoder.py --config configs/decoder/emoji_64_all.yaml clip="$clip" "$every" \
     train.run_dir="$RUNS/decoder_all" init_from="$RUNS/decoder_last/model"
 stage train_decoder.py --config configs/decoder/emoji_64_refined.yaml clip="$clip" "$every" \
     train.run_dir="$RUNS/decoder_refined" init_from="$RUNS/decoder_all/model"
+stage train_prior.py --config configs/prior/emoji.yaml clip="$settled" "$natural" train.run_dir="$RUNS/prior_settled" \
+    init_from="$RUNS/prior/model" train.steps=400 train.optimizer.lr=5.0e-4 train.seed=6
+stage train_decoder.py --config configs/decoder/emoji_64_elsewhere.yaml clip="$settled" "$every" \
+    train.run_dir="$RUNS/decoder_elsewhere" init_from="$RUNS/decoder_refined/model"
 for size in 64_to_256 256_to_1024; do
     stage train_upsampler.py --config "configs/upsampler/emoji_$size.yaml" "$familiar" \
         train.run_dir="$RUNS/upsampler_${size#*_to_}"
 done
 
 bundle() {
-    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_elsewhere/model" --prior "$RUNS/prior/model" \
-        --decoder "$RUNS/decoder_refined/model" --example-prompts examples/emoji/familiar.txt \
+    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$settled" --prior "$RUNS/prior_settled/model" \
+        --decoder "$RUNS/decoder_elsewhere/model" --example-prompts examples/emoji/familiar.txt \
         --card examples/emoji/model_card.md "$@"
 }
 

@@ -48,9 +48,13 @@ def size_option(text: str) -> tuple[int, int]:
 
 Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="The picture, of any size and aspect ratio.")]
 Prompt = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--prompt", "-p", help="What the picture shows (default: what CLIP sees in it).", rich_help_panel=_SHOWN
+        "--prompt",
+        "-p",
+        metavar="TEXT",
+        help="What the picture shows (default: what CLIP sees in it).",
+        rich_help_panel=_SHOWN,
     ),
 ]
 KeepEmbedding = Annotated[
@@ -84,7 +88,7 @@ def inpaint(
     mask: Annotated[
         Path, typer.Option(help="A picture of the same size: white = repaint, black = keep, grey = blend.")
     ],
-    prompt: Prompt = None,
+    prompts: Prompt = None,
     keep_embedding: KeepEmbedding = None,
     invert_mask: Annotated[
         bool, typer.Option("--invert-mask", help="The mask is the other way round.", rich_help_panel=_WHERE)
@@ -129,7 +133,7 @@ def inpaint(
     painted = check_mask(read_mask(mask, mask_channel.value, invert_mask), *picture.size)
     painted = check_mask(softened(grown(painted, dilate), feather), *picture.size)
     frame_around(mask_box(painted), *picture.size, crop.value, context)  # before the model is loaded
-    _check_shown(prompt, keep_embedding)
+    prompt = _check_shown(prompts, keep_embedding)
     sampling = options.given(size=size)
     own = {**opt.given(keep_embedding=keep_embedding, context=context), "crop": crop.value}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
@@ -166,7 +170,7 @@ def outpaint(
     overlap: Annotated[
         float, typer.Option(help="Share of a square that reaches into what is there.", rich_help_panel=_WHERE)
     ] = 0.5,
-    prompt: Prompt = None,
+    prompts: Prompt = None,
     keep_embedding: KeepEmbedding = None,
     size: Size = None,
     jump_length: JumpLength = None,
@@ -183,7 +187,7 @@ def outpaint(
     sides = {"left": left, "right": right, "top": top, "bottom": bottom}
     margins(*picture.size, (left, top, right, bottom), to)  # before the model is loaded
     plan_frames(1, 1, (0, 0, 1, 1), 1, overlap)
-    _check_shown(prompt, keep_embedding)
+    prompt = _check_shown(prompts, keep_embedding)
     sampling = options.given(size=size)
     own = {**opt.given(keep_embedding=keep_embedding, frame=frame, to=to), **sides, "overlap": overlap}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
@@ -195,7 +199,7 @@ def outpaint(
 
 def edit(
     image: Picture,
-    prompt: Prompt = None,
+    prompts: Prompt = None,
     strength: Annotated[
         float,
         typer.Option(
@@ -218,7 +222,7 @@ def edit(
 
     picture = load_image(image)
     check_strength(strength)
-    _check_shown(prompt, keep_embedding)
+    prompt = _check_shown(prompts, keep_embedding)
     sampling = options.given(size=size, keep_embedding=keep_embedding)
     sampling["strength"] = strength
     setting = Setting.of(drawing, sampling)
@@ -226,12 +230,17 @@ def edit(
     _run("edit", jobs, (picture, prompt), sampling, {}, setting)
 
 
-def _check_shown(prompt: str | None, keep_embedding: float | None) -> None:
+def _check_shown(prompts: Sequence[str] | None, keep_embedding: float | None) -> str | None:
+    """The prompt, if one was given. UsageError: several, an empty one, or more of the picture kept than all of it."""
     from unclip.editing import check_kept
 
+    if prompts and len(prompts) > 1:
+        raise UsageError(f"{len(prompts)} prompts are given for one picture; name one")
+    prompt = prompts[0] if prompts else None
     if prompt is not None and not prompt.strip():
         raise UsageError("the prompt is empty; say what the picture shows, or leave it out")
     check_kept(prompt, keep_embedding)
+    return prompt
 
 
 def _jobs(

@@ -25,7 +25,10 @@ def embed(
     out: Annotated[
         Path | None, typer.Option(help="The .npy file to write; with --dataset the folder.", show_default=False)
     ] = None,
-    model: opt.Model = "emoji",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME|DIR|HUB-ID", help="The model whose CLIP it is (default: emoji, the bundled one)."),
+    ] = None,
     clip: Annotated[
         str | None, typer.Option(help="A CLIP by itself, as a run's `clip` names it, in the place of --model.")
     ] = None,
@@ -39,7 +42,9 @@ def embed(
             rich_help_panel=_DATASET,
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="The data's split.", rich_help_panel=_DATASET)] = "train",
+    split: Annotated[
+        str | None, typer.Option(help="The data's split (default: train).", rich_help_panel=_DATASET)
+    ] = None,
     streaming: Annotated[
         bool, typer.Option("--streaming", help="Read shard by shard.", rich_help_panel=_DATASET)
     ] = False,
@@ -51,8 +56,12 @@ def embed(
         int | None,
         typer.Option(min=8, max=2048, help="Edge the CLIP sees (default: its own).", rich_help_panel=_DATASET),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Samples a shard.", rich_help_panel=_DATASET)] = 8192,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images embedded together.", rich_help_panel=_DATASET)] = 64,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Samples a shard (default: 8192).", rich_help_panel=_DATASET)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images embedded together (default: 64).", rich_help_panel=_DATASET)
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any key of a run's data section.", rich_help_panel=_DATASET),
@@ -72,6 +81,14 @@ def embed(
         raise UsageError("name either pictures or a data set (--dataset SOURCE)")
     if out is None:
         raise UsageError("name what to write: --out FILE.npy for pictures, --out FOLDER for a data set")
+    named = {"--pixels": pixels, "--image-size": image_size, "--rows": rows, "--batch-size": batch_size}
+    whole = {**named, "--set": changes, "--split": split, "--streaming": streaming or None}
+    alone = [name for name, value in whole.items() if value is not None]
+    if dataset is None and alone:
+        raise UsageError(f"{alone[0]} is of a whole data set; add --dataset SOURCE, or leave it out")
+    if model is not None and clip is not None:
+        raise UsageError("--model and --clip both name a CLIP; give one of them")
+    model = "emoji" if model is None else model
     if dataset is None:
         _embed_pictures(images or [], out, model, clip, device, overwrite)
         return
@@ -82,10 +99,11 @@ def embed(
     if out.suffix.lower() == ".npy":
         raise UsageError(f"--out {out} is a file; the embeddings of a data set are a folder")
     check_writable(out)
-    body = {"source": dataset, "split": split, "streaming": streaming}
+    body = {"source": dataset, "split": split or "train", "streaming": streaming}
     _embed_dataset(
-        load_overrides(DataConfig, body, changes or [], origin="unclip embed"),
-        out, model, clip, device, rows=rows, batch_size=batch_size, image_size=image_size, pixels=pixels,
+        load_overrides(DataConfig, body, changes or [], origin="the data"),
+        out, model, clip, device,
+        rows=rows or 8192, batch_size=batch_size or 64, image_size=image_size, pixels=pixels,
     )  # fmt: skip
 
 

@@ -31,14 +31,16 @@ Steps = Annotated[
         "--steps",
         parser=opt.steps_option,
         metavar=opt.STEPS,
-        help="Timesteps of the inversion and of the way back.",
+        help="Timesteps of the inversion and of the way back (default: 100).",
         rich_help_panel=_FRAMES,
     ),
 ]
 Refinements = Annotated[
-    int,
+    int | None,
     typer.Option(
-        min=0, help="More passes for each step of the inversion, which make it exact.", rich_help_panel=_FRAMES
+        min=0,
+        help="More passes for each step of the inversion, which make it exact (default: 1).",
+        rich_help_panel=_FRAMES,
     ),
 ]
 
@@ -47,8 +49,8 @@ def reconstruct(
     latents: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Also write the latents (z_i, x_T) there.")
     ] = None,
-    steps: Steps = 100,
-    refinements: Refinements = 1,
+    steps: Steps = None,
+    refinements: Refinements = None,
     seed: opt.Seed = 0,
     size: opt.Size = None,
     *,
@@ -65,10 +67,12 @@ def reconstruct(
     picture = load_image(image)
     writer = drawing.writer(1)
     if latents is not None:
+        if latents.suffix.lower() != ".safetensors":
+            raise UsageError(f"--latents {latents} is no .safetensors file")
         check_free(latents, drawing.overwrite)
         check_writable(latents.parent)
     sampling = options.given(size=size)
-    own = {"steps": steps, "refinements": refinements}
+    own = _inversion(steps, refinements)
     shown = {**sampling, **own}
     setting = Setting(drawing, shown)
     system = setting.load()
@@ -112,8 +116,8 @@ def variations(
         list[float] | None,
         typer.Option(metavar="ETA ETA …", help="One sheet, a row for each eta, --num-images columns."),
     ] = None,
-    steps: Steps = 100,
-    refinements: Refinements = 1,
+    steps: Steps = None,
+    refinements: Refinements = None,
     size: opt.Size = None,
     *,
     options: Decoding,
@@ -127,6 +131,8 @@ def variations(
             raise UsageError(f"eta is {value:g}, expected 0 (the picture itself) to 1 (x_T forgotten)")
     if eta is not None and eta_sheet:
         raise UsageError("--eta and --eta-sheet exclude each other; the sheet names its own etas")
+    if eta is None and not eta_sheet and (steps, refinements) != (None, None):
+        raise UsageError("--steps and --refinements are of the inversion, which --eta and --eta-sheet alone ask for")
     source = cast(Path, image or latents)
     start = _start(image, latents)
     etas: list[Any] = list(eta_sheet or []) or ([1.0] if eta is None and latents is not None else [eta])
@@ -137,7 +143,7 @@ def variations(
     ]
     writer = drawing.writer(1 if eta_sheet else len(jobs))
     sampling = options.given(size=size)
-    own = {"steps": steps, "refinements": refinements}
+    own = _inversion(steps, refinements)
     shown = {**sampling, **(own if etas != [None] and latents is None else {}), **opt.given(eta=eta)}
     setting = Setting.of(drawing, shown)
     system = setting.load()
@@ -156,6 +162,11 @@ def variations(
         produce(jobs, draw, system, setting, writer)
         return
     _eta_sheet(etas, jobs, draw, system, setting, writer, source)
+
+
+def _inversion(steps: Any, refinements: int | None) -> dict[str, Any]:
+    """How a picture is inverted."""
+    return {"steps": 100 if steps is None else steps, "refinements": 1 if refinements is None else refinements}
 
 
 def _start(image: Path | None, latents: Path | None) -> Any:

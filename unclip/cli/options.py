@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unclip.errors import UsageError
+from unclip.errors import UnclipError, UsageError
 
 if TYPE_CHECKING:
     from unclip.config import DataConfig
@@ -242,8 +242,8 @@ def kept_of(rerank: Reranker | None, keep: int | None, drawn: int) -> int | None
 
 
 def picture_named(text: str) -> Path | None:
-    """The picture's file that a text names, None where it is a prompt. UsageError: it ends as a picture's name does,
-    and there is no such file; drawn as a prompt it would be something else than what was meant.
+    """The picture's file that a text names, None where it is a prompt. UnclipError: it ends as a picture's name does
+    and there is no such file, or it is a folder's path; drawn as a prompt it would be something else than was meant.
     """
     file = Path(text).expanduser()
     try:
@@ -252,22 +252,24 @@ def picture_named(text: str) -> Path | None:
     except OSError:  # a prompt too long for a file's name
         return None
     if file.suffix.lower() in _PICTURES:
-        raise UsageError(f"there is no image file at {text}; a prompt does not end in {file.suffix}")
+        raise UnclipError(f"there is no image file at {text}; a prompt does not end in {file.suffix}")
+    if os.sep in text and file.is_dir():
+        raise UnclipError(f"{text} is a folder; name a picture's file, or a prompt")
     return None
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one a line; blank lines and #-comments are skipped. UsageError: unreadable
-    or empty.
+    """The prompts of a text file, one a line; blank lines and #-comments are skipped. UnclipError: unreadable or
+    empty.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"the prompts file {file} is not UTF-8 text") from error
+        raise UnclipError(f"the prompts file {file} is not UTF-8 text") from error
     except OSError as error:
-        raise UsageError(f"the prompts file {file} cannot be read: {error.strerror or error}") from error
+        raise UnclipError(f"the prompts file {file} cannot be read: {error.strerror or error}") from error
     lines = [line.strip() for line in text.splitlines()]
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
-        raise UsageError(f"the prompts file {file} holds no prompt; expected one a line")
+        raise UnclipError(f"the prompts file {file} holds no prompt; expected one a line")
     return prompts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from unclip.cli import options as opt
-from unclip.errors import UsageError
+from unclip.errors import UnclipError, UsageError
 
 if TYPE_CHECKING:
     from unclip.clip import FrozenCLIP
@@ -52,6 +52,11 @@ def statistics(
     from unclip.clip import FrozenCLIP
     from unclip.inputs import resolve_device
 
+    if not model.is_dir():
+        raise UnclipError(
+            f"there is no folder {model}; statistics are kept beside a part's weights, so name a model's folder or a "
+            "part's"
+        )
     folder = model
     if (model / MANIFEST).is_file():
         parts = read_manifest(model)["parts"]
@@ -62,7 +67,7 @@ def statistics(
     if clip is None:
         raise UsageError(f"{model} is no whole model, so its CLIP must be named: add --clip")
     if (folder / STATISTICS).exists() and not overwrite:
-        raise UsageError(f"{folder / STATISTICS} exists; pass --overwrite to measure again")
+        raise UnclipError(f"{folder / STATISTICS} exists; pass --overwrite to measure again")
     place = resolve_device(device)
     source = {
         "source": data,

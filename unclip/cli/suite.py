@@ -12,7 +12,7 @@ from unclip.cli import options as opt
 from unclip.cli.groups import BATCH, Sampling
 from unclip.cli.output import check_writable
 from unclip.cli.progress import Bars
-from unclip.errors import UsageError
+from unclip.errors import UnclipError, UsageError
 
 if TYPE_CHECKING:
     from unclip.config import DataConfig
@@ -259,7 +259,7 @@ def tally(
 
 def _check_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out} is there already; name a folder that is new or empty")
+        raise UnclipError(f"--out {out} is there already; name a folder that is new or empty")
     check_writable(out)
 
 

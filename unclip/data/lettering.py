@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from unclip.errors import UsageError
+from unclip.errors import UnclipError, UsageError
 
 _EDGE = 256
 """Pictures smaller than this are enlarged before they are written on, so that letters stay letters."""
@@ -18,13 +18,13 @@ _INK, _PAPER, _FRAME = (20, 20, 20), (255, 255, 255), (150, 150, 150)
 
 
 def load_font(size: float, file: Path | None = None) -> Any:
-    """Pillow's own font, which has Latin letters, or a TrueType or OpenType file's. UsageError: not a font."""
+    """Pillow's own font, which has Latin letters, or a TrueType or OpenType file's. UnclipError: not a font."""
     if file is None:
         return ImageFont.load_default(size=size)
     try:
         return ImageFont.truetype(str(file), size)
     except OSError as error:
-        raise UsageError(f"the font {file} cannot be read: {error}; expected a TrueType or OpenType file") from error
+        raise UnclipError(f"the font {file} cannot be read: {error}; expected a TrueType or OpenType file") from error
 
 
 def stick_label(

@@ -146,9 +146,9 @@ def make(
 def check(out: Path, key: Path) -> None:
     """See that the sheets and the key can be written, and are apart."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is there already; name a folder that is new or empty")
+        raise UnclipError(f"{out} is there already; name a folder that is new or empty")
     if key.exists():
-        raise UsageError(f"the key {key} is there already, and votes may be waiting for it; name another file")
+        raise UnclipError(f"the key {key} is there already, and votes may be waiting for it; name another file")
     if out.resolve() in key.resolve().parents:
         raise UsageError(f"the key {key} would lie among the sheets in {out}, for voters to see; name a file elsewhere")
 
@@ -190,7 +190,7 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
 def read_key(file: Path) -> dict[str, Any]:
     """The key of some pairs. UnclipError: it is none."""
     if not file.is_file():
-        raise UsageError(f"there is no key at {file}")
+        raise UnclipError(f"there is no key at {file}")
     body = read_json(file)
     if body.get("kind") != KIND or not isinstance(body.get("pairs"), list):
         raise UnclipError(f"{file} is no key of pairs")
@@ -223,7 +223,7 @@ def _read_votes(file: Path, known: dict[str, Any]) -> dict[str, str]:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the votes {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UnclipError(f"the votes {file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     first = text.splitlines()[0] if text.strip() else ""
     separator = max(",;\t", key=first.count)
     rows = csv.DictReader(io.StringIO(text), delimiter=separator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,10 @@ class PlanOptions:
             raise UsageError(f"--reserve is {self.reserve}; expected a share of the memory from 0 to below 1")
         if self.zero_stage not in (None, 0, 1, 2, 3):
             raise UsageError(f"--zero is {self.zero_stage}; DeepSpeed's ZeRO has the stages 0, 1, 2 and 3")
+        for name in ("price_per_gpu_hour", "bytes_per_image"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; expected a finite number of 0 or more")
 
 
 def plan(recipe: Recipe, options: PlanOptions) -> dict[str, Any]:
