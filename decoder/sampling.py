@@ -47,6 +47,12 @@ class DecoderStage:
         self.process = GaussianDiffusion(config.diffusion)
         self._autoencoder: FrozenAutoencoder | None = None
 
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Keep the weights in this precision and compute in it; norms' statistics and the sampler's state stay
+        float32.
+        """
+        self.network.to(dtype)
+
     @property
     def autoencoder(self) -> FrozenAutoencoder | None:
         """Of a decoder in latents, loaded when it is first used. Raises UnclipError: it cannot be loaded, or is another
@@ -66,8 +72,9 @@ class DecoderStage:
         """
         config, state = read_decoder_config(folder), load_weights(folder)
         network = load_network(lambda: build_network(config), state, folder)
-        network = network.to(device, dtype).requires_grad_(False)
+        network = network.to(device).requires_grad_(False)
         stage = cls(network.to(memory_format=torch.channels_last), config, device)  # type: ignore[call-overload]
+        stage.hold_in(dtype)
         statistics = read_statistics(folder)
         if statistics is not None:
             stage.process.use_statistics(statistics)

@@ -85,9 +85,13 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
         image = image if autoencoder is None else autoencoder.encode(image)
         return decoder_loss(engine, process, model, image, embedding, text, generator)
 
+    fixed: list[dict[str, Any]] = []
+
     def sample(ema_network: nn.Module) -> Image.Image:
         """A few images above what the decoder makes of their embeddings, and their captions below."""
-        batch = fixed_batch(config.data, min(_PREVIEWS, config.train.batch_size))
+        if not fixed:
+            fixed.append(fixed_batch(config.data, min(_PREVIEWS, config.train.batch_size)))
+        batch = fixed[0]
         real, embedding, text = embed({**batch, "image": batch["image"].to(distributed.device)})
         stage = DecoderStage(ema_network, model, distributed.device)
         drawn = stage.sample(embedding, range(len(embedding)), text=text)

@@ -57,10 +57,14 @@ class PriorStage(ABC):
         if statistics is not None and isinstance(stage, DiffusionPriorStage):
             stage.process.use_statistics(statistics)
         stage.network.to(device).requires_grad_(False)
-        for parameter in stage.network.parameters():  # the statistics beside them stay float32
-            parameter.data = parameter.data.to(dtype)
+        stage.hold_in(dtype)
         stage.device = torch.device(device)
         return stage
+
+    def hold_in(self, dtype: torch.dtype) -> None:
+        """Keep the weights in this precision, and compute in it; the embeddings' statistics stay float32."""
+        for parameter in self.network.parameters():
+            parameter.data = parameter.data.to(dtype)
 
     @abstractmethod
     def check_options(self, steps: Any = None, sampler: str | None = None) -> None:

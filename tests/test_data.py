@@ -18,6 +18,8 @@ from PIL import Image
 
 from unclip.config import DataConfig
 from unclip.data import Batches, build_batches
+from unclip.data.order import IndexOrder
+from unclip.data.rows import Row
 from unclip.errors import UnclipError, UsageError
 
 COUNT = 23  # a prime, so that batches never end with an epoch
@@ -218,6 +220,23 @@ def test_cache_changes_nothing(sources: dict[str, str]) -> None:
     assert all(_same(a, b) for a, b in zip(islice(plain, 4), islice(cached, 4), strict=True))
     with pytest.raises(UsageError, match="set one of them"):
         _build(sources["folder"], cache=True, streaming=True)
+
+
+def test_what_is_cached_are_pixels_and_not_the_files_as_well() -> None:
+    encoded = b"x" * 1000
+    row = Row("a", ("a",), lambda size: torch.zeros(3, size, size, dtype=torch.uint8), content=lambda: encoded)
+
+    class Source:
+        def __len__(self) -> int:
+            return 1
+
+        def rows(self, indices: list[int]) -> list[Row]:
+            return [row for _ in indices]
+
+    order = IndexOrder(Source(), True, 0, 1, 0)
+    order.take(1)
+    again = order.take(1)[0].row
+    assert again.content is None and again.identity() == row.identity() and not again.encoded
 
 
 @pytest.mark.parametrize("options", [{}, {"cache": True}, {"streaming": True}])

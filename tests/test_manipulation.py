@@ -143,6 +143,17 @@ def test_a_decoder_sampled_otherwise_is_the_same_decoder(model: UnCLIP) -> None:
     network, config = model.decoder.network, model.decoder.config
     assert digest(network, config.model_copy(update={"steps": 7, "guidance": 2.0})) == digest(network, config)
     assert digest(network, config.model_copy(update={"embedding_scale": 2.0})) != digest(network, config)
+    # Nor does it matter how the weights lie in memory.
+    body = {name: torch.randn(shape) for name, shape in (("a", (40, 3, 3, 3)), ("b", (2, 2)), ("c", ()), ("d", (0, 4)))}
+
+    class Weights(torch.nn.Module):
+        def __init__(self, strided: bool) -> None:
+            super().__init__()
+            for name, tensor in body.items():
+                turned = tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.ndim else tensor
+                self.register_buffer(name, turned if strided else tensor)
+
+    assert digest(Weights(True)) == digest(Weights(False))
 
 
 def test_files_that_hold_no_latents_are_refused(latents: Latents, tmp_path: Path) -> None:

@@ -159,6 +159,17 @@ def test_half_precision(tiny_bundle: Path, dtype: torch.dtype) -> None:
     half = UnCLIP.from_pretrained(tiny_bundle, device="cpu", dtype=dtype, size=256)
     image = half.sample("pizza", output="tensor", size=256)
     assert image.dtype == torch.float32 and bool(torch.isfinite(image).all())
+    # The weights are held in it, which autocast would cast anew at every step; what they compute is near float32's.
+    assert {p.dtype for stage in (half.prior, half.decoder) for p in stage.network.parameters()} == {dtype}
+    exact = UnCLIP.from_pretrained(tiny_bundle, device="cpu", size=64)
+    embedding = exact.predict_embedding("pizza")
+    assert float((half.predict_embedding("pizza") * embedding).sum()) > 0.99
+    options: dict[str, Any] = {"size": 64, "output": "tensor", "sampler": "ddim", "decoder_steps": 4}
+    near, far = (exact.decode(embedding, seed=seed, **options) for seed in (0, 1))
+    error = (half.decode(embedding, seed=0, **options) - near).square().mean()
+    assert error < 0.01 * (far - near).square().mean()
+    alone = half.decoder.sample(embedding, [0], steps=4, sampler="ddim")  # by itself, without autocast
+    assert (alone - near).square().mean() < 0.01 * (far - near).square().mean()
 
 
 def test_without_a_prior_there_are_no_prompts(tiny_parts: dict[str, Path], tmp_path: Path) -> None:

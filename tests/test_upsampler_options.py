@@ -220,6 +220,28 @@ def test_samples_of_a_batch_go_to_the_network_of_their_timestep() -> None:
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("timesteps", [[60, 60], [500, 500], [60, 500]])
+def test_in_training_both_networks_have_gradients_whatever_the_timesteps(timesteps: list[int]) -> None:
+    """Processes that had other samples would else sum other gradients, or wait for each other's weights."""
+    network = randomised(small(last_step_network=True)).train()
+    x = torch.randn(2, 3, 32, 32, generator=generator())
+    t, low_res = torch.tensor(timesteps), torch.zeros(2, 3, 8, 8)
+    output = network(x, t, low_res)
+    with torch.no_grad():
+        assert torch.allclose(output, network.eval()(x, t, low_res), atol=1e-5)
+    output.square().mean().backward()
+    last = t <= network.last_timestep
+    for unet, used in ((network.unet, ~last), (network.last_unet, last)):
+        gradients = [parameter.grad for parameter in unet.parameters()]
+        assert all(gradient is not None for gradient in gradients)
+        assert any(bool(gradient.any()) for gradient in gradients if gradient is not None) == bool(used.any())
+    network.unet.requires_grad_(False)
+    heard: list[int] = []
+    network.train().unet.register_forward_hook(lambda *_: heard.append(1))
+    network(x, torch.tensor([60, 60]), low_res)
+    assert not heard, "what does not learn has no gradient to agree on"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_the_share_of_samples_for_the_last_step_is_counted(share: float) -> None:
     config, heard = small(last_step_network=True), []

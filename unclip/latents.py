@@ -131,5 +131,8 @@ def digest(module: nn.Module, config: Config | None = None) -> str:
         known.update(json.dumps(body, sort_keys=True).encode())
     for name, tensor in sorted(module.state_dict().items()):
         known.update(f"{name} {tuple(tensor.shape)}".encode())
-        known.update(tensor.detach().reshape(-1)[:_PROBE].float().cpu().numpy().tobytes())
+        first = tensor.detach()
+        while first.ndim > 1 and len(first) and first[0].numel() >= _PROBE:
+            first = first[0]  # flattening would copy all of one that is not contiguous
+        known.update(first.reshape(-1)[:_PROBE].float().cpu().numpy().tobytes())
     return known.hexdigest()[:16]

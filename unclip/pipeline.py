@@ -124,6 +124,11 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
                 reached *= stage.config.factor
         own: dict[str, list[Any]] = {"prior": [prior] if prior else [], "decoder": [decoder], "upsampler": upsamplers}
         apply_adapters(adapters, own, all_there=size is None)
+        if dtype != torch.float32:
+            # Autocast would cast frozen weights anew at every sampling step. Adapters were merged in float32.
+            decoder.hold_in(dtype)
+            if prior is not None:
+                prior.hold_in(dtype)
         components = PrincipalComponents.load(folder / parts[PCA]) if PCA in parts else None
         return cls(clip, decoder, prior, upsamplers, manifest, place, dtype, components)
 

@@ -230,8 +230,8 @@ class Stages:
         return self._timed("clip", lambda: self.embed_text([prompt] * count))  # type: ignore[no-any-return]
 
     def _timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run one stage and add up its time. Networks other than CLIP run in `dtype`; parameters and the samplers'
-        state stay float32.
+        """Run one stage and add up its time. Networks other than CLIP run in `dtype`; the samplers' state stays
+        float32.
         """
         start = time.perf_counter()
         lower = self.dtype != torch.float32 and name != "clip"

@@ -43,16 +43,15 @@ def corrupt(
 
 def corrupt_seeded(images: Tensor, config: BlurConfig | BSRConfig, seeds: Sequence[int]) -> Tensor:
     """As `corrupt`, with one seed an image: a seed gives the same corruption in any batch."""
-    results = []
-    for image, seed in zip(images.split(1), seeds, strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        if uniform(generator) >= config.probability:
-            results.append(image)
-        elif isinstance(config, BlurConfig):
-            results.append(gaussian_blur(image, config.kernel_size, config.sigma))
-        else:
-            results.append(bsr(image, config, generator))
-    return torch.cat(results)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    chosen = [uniform(generator) < config.probability for generator in generators]
+    if isinstance(config, BlurConfig):
+        blurred = gaussian_blur(images, config.kernel_size, config.sigma)
+        return torch.where(torch.tensor(chosen, device=images.device)[:, None, None, None], blurred, images)
+    return torch.cat([
+        bsr(image, config, generator) if hit else image
+        for image, generator, hit in zip(images.split(1), generators, chosen, strict=True)
+    ])  # fmt: skip
 
 
 def gaussian_blur(images: Tensor, kernel_size: int = 3, sigma: float = 0.6) -> Tensor:

@@ -86,14 +86,16 @@ class Upsampler(nn.Module):
         if isinstance(t, FakeTensor):  # a plan does not know whose a sample is; each network has one at least
             return torch.cat([run(self.unet, slice(1, None)), run(self.last_unet, slice(0, 1))])
         last = t <= self.last_timestep
-        if not bool(last.any()):
-            return run(self.unet, slice(None))
-        if bool(last.all()):
-            return run(self.last_unet, slice(None))
-        first_output, last_output = run(self.unet, ~last), run(self.last_unet, last)
-        output = first_output.new_empty(len(x), *first_output.shape[1:])
-        output[~last], output[last] = first_output, last_output
-        return output
+        rows = [(~last).nonzero()[:, 0], last.nonzero()[:, 0]]
+        # In training every network that learns runs in every process, were it on a row that is cut away again:
+        # processes must agree on which gradients there are to sum, and under ZeRO 3 on whose weights are gathered.
+        always = [self.training and _learns(unet) for unet in (self.unet, self.last_unet)]
+        parts = [
+            run(unet, chosen if len(chosen) else slice(0, 1))[: len(chosen)]
+            for unet, chosen, needed in zip((self.unet, self.last_unet), rows, always, strict=True)
+            if needed or len(chosen)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(rows).argsort()]
 
     def activation_bytes(self, batch: int, height: int, width: int) -> int:
         """Most memory in bytes, beside the weights, that a whole forward pass takes in float32."""
@@ -109,6 +111,10 @@ def _unet(config: UpsamplerConfig) -> UNet | EfficientUNet:
     if isinstance(config.unet, EfficientUNetConfig):
         return EfficientUNet(config.unet, in_channels, out_channels)
     return UNet(config.unet, in_channels, out_channels)
+
+
+def _learns(network: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in network.parameters())
 
 
 def upsample(low_res: Tensor, size: tuple[int, int], clamp: bool = True) -> Tensor:

@@ -120,7 +120,8 @@ class IndexOrder:
             pixels = None if row.pixels is None else _Remembered(row.pixels)
             low = None if row.low is None else _Remembered(row.low)
             fresh[index] = replace(row, pixels=pixels, low=low)
-            self._cache[index] = replace(fresh[index], encoded=False)
+            # Its name in the place of its content, which would keep the encoded image as well.
+            self._cache[index] = replace(fresh[index], encoded=False, key=row.identity(), content=None)
         return [fresh.get(index) or self._cache[index] for index in indices]
 
 

@@ -41,8 +41,7 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
     def loss_fn(network: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
         output = network(batch["image"], tokenizer(batch["caption"]).to(batch["image"].device))
         image, text = output["image_features"].float(), output["text_features"].float()
-        # CLIP bounds the scale at 100 (Radford et al. 2021, §2.5).
-        loss = clip_loss(image, text, output["logit_scale"].clamp(max=100), distributed.rank, distributed.world_size)
+        loss = clip_loss(image, text, bounded(output["logit_scale"]), distributed.rank, distributed.world_size)
         crowding = (crowding_loss(image) + crowding_loss(text)) / 2
         similarity = image @ text.T
         accuracy = (similarity.argmax(1) == torch.arange(len(image), device=image.device)).float()
@@ -87,6 +86,13 @@ def carry_over(model: nn.Module, name: str) -> None:
     own = model.state_dict()
     state["logit_scale"] = state["logit_scale"].reshape(own["logit_scale"].shape)  # here it has a dimension
     load_strict(model, state, folder)
+
+
+def bounded(scale: Tensor) -> Tensor:
+    """CLIP's logit scale, at most 100 (Radford et al. 2021, §2.5), with the gradient of an unbounded one: a clamp's is
+    zero above, where momentum may carry the parameter, and nothing would bring it back.
+    """
+    return scale + (scale.clamp(max=100) - scale).detach()
 
 
 def drift_loss(teacher: Any, image: Tensor, plain: Tensor) -> Tensor:

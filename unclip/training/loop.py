@@ -55,7 +55,8 @@ def fit(
     distributed = current()
     config = settle(config, distributed.world_size)
     open_run(Path(config.run_dir), run_config, config, distributed)
-    preview = copy.deepcopy(network) if (sample or diagnose) is not None and distributed.is_main else None
+    shown = bool(config.sample_every) and (sample or diagnose) is not None and distributed.is_main
+    preview = copy.deepcopy(network) if shown else None  # while it is on the CPU still, and so takes no device's memory
     data = getattr(run_config, "data", None)
     validation = Validation(data, config, distributed) if config.validate_every and data is not None else None
     run = _Run(network, loss_fn, batches, config, distributed)
@@ -205,11 +206,15 @@ def _draw(
     if preview is None:
         return {}
     preview.load_state_dict(state, strict=False)
-    if sample is not None:
-        file = run.folder / "samples" / f"step-{run.step:08d}.png"
-        file.parent.mkdir(exist_ok=True)
-        temporary = file.with_name(f".tmp-{file.name}")
-        sample(preview.eval()).save(temporary, format="PNG")
-        temporary.replace(file)
-        run.tracker.image(run.step, file)
-    return diagnose(preview.eval()) if diagnose is not None else {}
+    preview.eval().to(run.distributed.device)
+    try:
+        if sample is not None:
+            file = run.folder / "samples" / f"step-{run.step:08d}.png"
+            file.parent.mkdir(exist_ok=True)
+            temporary = file.with_name(f".tmp-{file.name}")
+            sample(preview).save(temporary, format="PNG")
+            temporary.replace(file)
+            run.tracker.image(run.step, file)
+        return diagnose(preview) if diagnose is not None else {}
+    finally:
+        preview.to("cpu")  # the device's memory is for training

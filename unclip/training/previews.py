@@ -17,9 +17,11 @@ _GAP, _MARGIN, _LINES = 4, 3, 4
 def fixed_batch(data: DataConfig, count: int, seed: int = 0) -> dict[str, Any]:
     """`count` whole samples that are the same however often a run is continued: of those held out of training where
     there are any (`data.holdout`), else of the data's own."""
-    plain = {"crop_size": None, "augment": False, "restyle": 0.0, "horizontal_flip": False, "cache": False}
-    part = {"part": "validation"} if data.holdout else {}
-    return dict(next(build_batches(data.model_copy(update={**plain, **part}), batch_size=count, seed=seed)))
+    change: dict[str, Any] = {"crop_size": None, "augment": False, "restyle": 0.0, "horizontal_flip": False}
+    change |= {"cache": False, "workers": 0}
+    if data.holdout:
+        change["part"] = "validation"
+    return dict(next(build_batches(data.model_copy(update=change), batch_size=count, seed=seed)))
 
 
 def captioned_grid(rows: Sequence[Tensor], captions: Sequence[str], cell: int = 112) -> Image.Image:
