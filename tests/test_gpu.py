@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decoder import Decoder, DecoderConfig, DecoderStage, decoder_loss
+import decoder.train
+import prior.train
+from decoder import Decoder, DecoderConfig, DecoderRunConfig, DecoderStage, decoder_loss
+from prior import PriorRunConfig
 from unclip.clip import TextFeatures
 from unclip.config import parse_config
 from unclip.diffusion import GaussianDiffusion
+from unclip.training import current
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,3 +117,24 @@ def test_sampling_agrees_with_the_cpu(sampler: str) -> None:
     assert results[1].device.type == "cuda" and results[1].dtype == torch.float32
     assert float(results[0].std()) > 0.1
     assert torch.allclose(results[0], results[1].cpu(), atol=5e-3)
+
+
+@pytest.mark.parametrize("stage", ["decoder", "prior"])
+def test_a_run_draws_and_measures_on_the_way(tiny_clip_folder: Path, tmp_path: Path, stage: str) -> None:
+    """The copy that draws goes to the device with everything it meets there."""
+    assert current().device.type == "cuda"
+    settings = {"run_dir": str(tmp_path), "steps": 2, "batch_size": 4, "sample_every": 1, "log_every": 1,
+                "wandb": {"mode": "disabled"}}  # fmt: skip
+    body: dict[str, Any] = {
+        "clip": str(tiny_clip_folder), "data": {"image_size": 16, "synthetic": {"size": 32}}, "train": settings,
+    }  # fmt: skip
+    if stage == "decoder":
+        unet = {"image_size": 16, "patch_size": 4, "model_channels": 16, "channel_mult": [1], "num_res_blocks": 1,
+                "attention_resolutions": [], "head_channels": 16}  # fmt: skip
+        body["model"] = {"unet": unet, "context_dim": 16, "steps": 2}
+        decoder.train.run(parse_config(DecoderRunConfig, body), current())
+        assert (tmp_path / "samples" / "step-00000002.png").is_file()
+    else:
+        body["model"] = {"width": 32, "depth": 1, "heads": 2, "steps": 2}
+        prior.train.run(parse_config(PriorRunConfig, body), current())
+        assert "cos_prediction_real" in (tmp_path / "metrics.jsonl").read_text()

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
 from unclip.errors import UnclipError, UsageError
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from unclip.training.distributed import Distributed
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage before it; of several processes the first does."""
+
+    def error(self, message: str) -> NoReturn:
+        told = f"{self.prog}: {message} (see `{self.prog} --help`)\n"
+        self.exit(2, told if int(os.environ.get("RANK", 0)) == 0 else None)
+
+
 def main_for(
     config_cls: type[ConfigT],
     run: Callable[[ConfigT, Distributed], Any],
@@ -31,7 +39,7 @@ def main_for(
 ) -> None:
     """Parse `--config FILE [key=value …]`, load the configuration and run. Exit code 2 for wrong usage, 1 for failure,
     130 and 143 after SIGINT and SIGTERM. PyTorch loads when the configuration is found to be right."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = _Parser(description=description)
     parser.add_argument("--config", required=True, help="YAML file; the ready ones are in configs/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--print-deepspeed", action="store_true", help="show the JSON DeepSpeed would get, and end")
