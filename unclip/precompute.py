@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from unclip.data.tally import Tally
 from unclip.errors import UnclipError
 
 _THREADS = 8
+_Decoded = tuple[Row, Tensor | None, Tensor | None]  # the row, the picture for the CLIP, the one to keep
 
 
 @dataclass
@@ -247,9 +248,13 @@ class _Writer:
     def write(self, name: str, reader: _ShardReader, first: int, rows: int, tally: Tally) -> dict[str, Any]:
         """Make and store one piece, up to `rows` rows from number `first` on; returns its shard.json."""
         piece, count = _Piece(self.pixels), 0
-        while count < rows and (found := reader.take(first + count, min(self.batch_size, rows - count))):
-            self._add(piece, found, tally)
+        found = self._ahead(reader.take(first, min(self.batch_size, rows)))
+        while found:
             count += len(found)
+            left = min(self.batch_size, rows - count)
+            following = self._ahead(reader.take(first + count, left) if left else [])  # decoded while the CLIP works
+            self._add(piece, found, tally)
+            found = following
         last = reader.ended()
         described = {"rows": len(piece.keys), "captions": len(piece.masks), "read": count, "last": last}
         with replacing(self.folder / name) as temporary:
@@ -257,9 +262,16 @@ class _Writer:
             write_json(temporary / "shard.json", described)
         return described
 
-    def _add(self, piece: _Piece, rows: list[Row], tally: Tally) -> None:
+    def _ahead(self, rows: list[Row]) -> list[tuple[Row, Future[_Decoded | ImageError | Unwanted]]]:
+        """Begin to decode."""
+        return [(row, self.threads.submit(self._decode, row)) for row in rows]
+
+    def _add(
+        self, piece: _Piece, rows: list[tuple[Row, Future[_Decoded | ImageError | Unwanted]]], tally: Tally
+    ) -> None:
         usable = []
-        for row, result in zip(rows, self.threads.map(self._decode, rows), strict=True):
+        for row, future in rows:
+            result = future.result()
             if isinstance(result, Unwanted):
                 tally.leave_out(str(result))
             elif isinstance(result, ImageError):
@@ -281,7 +293,7 @@ class _Writer:
             texts = [self.clip.encode_text(captions[i : i + size]) for i in range(0, len(captions), size)]
         piece.add([row for row, _, _ in usable], image, texts, [small for _, _, small in usable])
 
-    def _decode(self, row: Row) -> tuple[Row, Tensor | None, Tensor | None] | ImageError | Unwanted:
+    def _decode(self, row: Row) -> _Decoded | ImageError | Unwanted:
         try:
             selected, picture = decode_row(row, self.config, self.size)
             if picture is None and not self.reuses:
