@@ -1,8 +1,8 @@
 """Figures of docs/evaluation.md, made by the commands that the page shows.
 
-In the environment: EMOJI, the folder that examples/emoji/prepare.py makes of the familiar emoji; OTHERS, one of emoji
-that prior and decoder never saw; SHAPES, the model that examples/synthetic/train.sh trains; and EVALUATIONS, where
-results are kept (runs/evaluations by default), so that a figure that was stopped goes on, and a second costs nothing.
+In the environment: EMOJI, the folder that examples/emoji/prepare.py --captions natural makes of all emoji; SHAPES, the
+model that examples/synthetic/train.sh trains; and EVALUATIONS, where results are kept (runs/evaluations by default), so
+that a figure that was stopped goes on, and a second costs nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 COLOURS = 128
-# Result -> the line of docs/evaluation.md that makes it. DATA, OTHERS and SHAPES stand for what the environment names.
+# Result -> the line of docs/evaluation.md that makes it. DATA and SHAPES stand for what the environment names.
 LINES = {
-    "eval": "eval --data DATA --prompts 330 --num-images 2 --size 64 --reconstructions 16",
+    "eval": "eval --data DATA --prompts 1550 --num-images 2 --size 64 --reconstructions 16",
     "guidance": "sweep guidance --data DATA --prompts 200 --size 64 --scales 0.5 1 1.25 1.5 2 3 4",
     "steps": "sweep steps --data DATA --prompts 32 --size 64 --steps 2 5 10 --etas 0 1 hat --samplers ddim dpmpp_2m",
     "ddim": "sweep steps --model SHAPES --data synthetic --set synthetic.size=1024 --set synthetic.max_objects=1 "
     "--prompts 32 --size 64 --guidance 1 --samplers ddim --steps 10 20 50 100",
     "prior": "sweep prior --data DATA --prompts 200 --size 64",
-    "memorisation": "memorisation --data DATA --held-out OTHERS --prompts 330 --size 64",
+    "memorisation": "memorisation --data DATA --prompts 1550 --size 64",
 }
-NAMED = {"DATA": "EMOJI", "OTHERS": "OTHERS", "SHAPES": "SHAPES"}
+NAMED = {"DATA": "EMOJI", "SHAPES": "SHAPES"}
 
 
 class NotNamed(Exception):
