@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, contents
 
 
 class FrozenT5(nn.Module):
@@ -77,8 +77,7 @@ def _config(name: str) -> Any:
     transformers = _transformers()
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise UnclipError(f"{folder} is no text encoder: config.json is missing (found: {found})")
+        raise UnclipError(f"{folder} is no text encoder: config.json is missing (found: {contents(folder)})")
     try:
         return transformers.AutoConfig.from_pretrained(name)
     except Exception as error:  # as above

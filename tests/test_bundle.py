@@ -116,7 +116,7 @@ def test_parts_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
-    for name, found in (("nowhere", "no such folder"), ("empty", "an empty folder"), ("other", "notes.txt")):
+    for name, found in (("nowhere", "no such folder"), ("empty", "nothing"), ("other", "notes.txt")):
         with pytest.raises(UnclipError, match=rf"config\.json is missing \(found: {found}\)"):
             bundle.load_part(tmp_path / name, "prior", DiffusionConfig)
 

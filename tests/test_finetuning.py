@@ -79,7 +79,7 @@ def test_the_bundled_model_has_a_name_and_a_clip() -> None:
     [
         ("nowhere/at/all", "init_from names 'nowhere/at/all', and there is no such folder; name a bundle, a run"),
         ("prior", "holds a 'prior', expected a 'decoder'"),
-        ("empty", r"is not a model part: config.json is missing \(found: an empty folder\)"),
+        ("empty", r"is not a model part: config.json is missing \(found: nothing\)"),
         ("half", "which has no decoder; it has clip, prior"),
         ("foreign", "is a checkpoint of diffusers; it can be read by the train_.*py scripts alone"),
     ],

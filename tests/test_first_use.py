@@ -17,11 +17,11 @@ from PIL import Image
 
 import unclip
 from prior.config import PriorRunConfig
-from unclip.bundle import _TOLD, read_manifest
+from unclip.bundle import read_manifest
 from unclip.cli.film import read_ends
 from unclip.cli.mix import read_parts
 from unclip.data.images import load_image
-from unclip.errors import UnclipError, UsageError
+from unclip.errors import TOLD, UnclipError, UsageError
 from unclip.inputs import SampleOptions, check_count, check_embeddings, check_prompts, check_seeds, check_size
 from unclip.manipulation import Prompt
 from unclip.runs import StatusFile, read_run, trainer_of
@@ -82,7 +82,7 @@ def test_what_is_said_of_an_empty_text_fits_it() -> None:
 def test_folders_in_the_place_of_files_and_models(tmp_path: Path) -> None:
     with pytest.raises(UnclipError, match="is a folder, expected an image file"):
         load_image(tmp_path)
-    for number in range(_TOLD + 30):
+    for number in range(TOLD + 30):
         (tmp_path / f"{number:02d}.png").touch()
     with pytest.raises(UnclipError, match=r"\(found: 00\.png, .*07\.png and 30 more\)"):
         read_manifest(tmp_path)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from unclip.bundle import FORMAT, read_json, replacing, write_json
 from unclip.config import LoRAConfig
-from unclip.errors import UnclipError, UsageError, nearest
+from unclip.errors import UnclipError, UsageError, contents, nearest
 
 KIND = "adapter"
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -181,8 +181,7 @@ def read_adapter(folder: Path) -> Adapter:
         raise UnclipError(f"no adapter folder at {folder}; a run with train.lora writes one, RUN/adapter")
     missing = [name for name in ("config.json", SETTINGS, WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise UnclipError(f"{folder} is no adapter: {missing[0]} is missing (found: {found})")
+        raise UnclipError(f"{folder} is no adapter: {missing[0]} is missing (found: {contents(folder)})")
     body, settings = read_json(folder / "config.json"), read_json(folder / SETTINGS)
     config = body.get("config")
     if body.get("kind") != KIND or not isinstance(config, dict) or not {"part", "model"} <= config.keys():

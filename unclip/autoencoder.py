@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unclip.bundle import read_json, write_json
 from unclip.config_latent import LatentConfig
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, contents
 from unclip.hub import answer_of
 
 KINDS = ("AutoencoderKL", "VQModel")
@@ -192,8 +192,7 @@ def _config(name: str) -> dict[str, Any]:
     diffusers = _diffusers()
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise UnclipError(f"{folder} is no autoencoder: config.json is missing (found: {found})")
+        raise UnclipError(f"{folder} is no autoencoder: config.json is missing (found: {contents(folder)})")
     try:
         config: dict[str, Any] = diffusers.AutoencoderKL.load_config(name)
     except Exception as error:  # as above

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from unclip.config import ConfigT, EpsilonStatistics, parse_config
-from unclip.errors import UnclipError, UsageError
+from unclip.errors import UnclipError, UsageError, contents
 from unclip.hub import CHECKPOINT, EVERYTHING, Remote, check_links, fetch, fetch_described, is_snapshot, parse_name
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -30,7 +30,6 @@ PARTS = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
 PCA = "pca"
 """The part with the principal components of the CLIP's image embeddings, which a bundle may have."""
 _MODELS = Path(__file__).parent / "models"
-_TOLD = 8  # names of files in a message
 MAX_SHARD_BYTES = 15 * 2**20  # hosts that refuse files above 16 MiB still take every shard
 
 
@@ -68,8 +67,7 @@ def read_part_json(folder: Path, kind: str) -> dict[str, Any]:
     """The parsed `config.json` of a part, checked for format and kind."""
     file = folder / "config.json"
     if not file.is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
-        raise UnclipError(f"{folder} is not a model part: config.json is missing (found: {found or 'an empty folder'})")
+        raise UnclipError(f"{folder} is not a model part: config.json is missing (found: {contents(folder)})")
     body = read_json(file)
     if body.get("format") != FORMAT or "config" not in body:
         raise UnclipError(f"{file} has format {body.get('format')!r}, this version reads format {FORMAT}")
@@ -284,7 +282,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         raise UnclipError(
-            f"{folder} is not a bundle: {MANIFEST} is missing (found: {_contents(folder)}); `unclip bundle` makes one"
+            f"{folder} is not a bundle: {MANIFEST} is missing (found: {contents(folder)}); `unclip bundle` makes one"
         )
     manifest = read_json(file)
     if manifest.get("format") != FORMAT:
@@ -301,13 +299,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if is_snapshot(folder):  # what was downloaded; a link in a folder of one's own is one's own wish
         check_links(folder, list(parts.values()))
     return manifest
-
-
-def _contents(folder: Path) -> str:
-    """Names in a folder for a message, the first of many."""
-    names = sorted(path.name for path in folder.iterdir())
-    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
-    return f"{', '.join(names[:_TOLD]) or 'nothing'}{more}"
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from unclip.bundle import BUNDLED, MANIFEST, read_json, read_manifest, replacing, resolve_model, write_json
 from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE
 from unclip.clip_library import library_for, library_of
-from unclip.errors import UnclipError, UsageError, nearest
+from unclip.errors import UnclipError, UsageError, contents, nearest
 from unclip.hub import answer_of
 from unclip.text_features import TextFeatures
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
@@ -81,8 +81,9 @@ class FrozenCLIP(nn.Module):
         tokenizer_options: dict[str, Any] = {}
         if folder.is_dir():
             if not (folder / CONFIG_FILE).is_file():
-                found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-                raise UnclipError(f"{folder} is not an open_clip model: {CONFIG_FILE} is missing (found: {found})")
+                raise UnclipError(
+                    f"{folder} is not an open_clip model: {CONFIG_FILE} is missing (found: {contents(folder)})"
+                )
             tokenizer_options = _tokenizer_options(folder)
             identifier = f"local-dir:{folder.resolve()}"
         else:

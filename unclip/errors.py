@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+
+TOLD = 8  # names of files in a message
 
 
 class UnclipError(Exception):
@@ -16,6 +19,15 @@ class UsageError(UnclipError):
     """Wrong usage: an argument or option that cannot be meant; the command ends with exit code 2."""
 
     exit_code = 2
+
+
+def contents(folder: Path) -> str:
+    """What an error adds about a folder that lacks something: the names in it, the first of many."""
+    if not folder.is_dir():
+        return "no such folder"
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
+    return f"{', '.join(names[:TOLD]) or 'nothing'}{more}"
 
 
 def nearest(pattern: str, names: Iterable[str]) -> str:

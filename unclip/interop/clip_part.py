@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unclip.bundle import read_json, write_json
 from unclip.clip import CONFIG_FILE, IMAGE_ENCODER, FrozenCLIP, architecture, clip_folder, default_vocabulary
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, contents
 from unclip.interop.tensors import as_dtype
 from unclip.interop.vocabulary import BPE_FILE, write_bpe
 
@@ -69,9 +69,8 @@ def write_named_clip(folder: Path, name: str, dtype: torch.dtype | None) -> None
     source = clip_folder(name)
     if source.is_dir():
         if not (source / CONFIG_FILE).is_file() or not (source / WEIGHTS).is_file():
-            found = ", ".join(sorted(path.name for path in source.iterdir())) or "nothing"
             raise UnclipError(
-                f"{source} is not an open_clip model: expected {CONFIG_FILE} and {WEIGHTS} (found: {found})"
+                f"{source} is not an open_clip model: expected {CONFIG_FILE} and {WEIGHTS} (found: {contents(source)})"
             )
         folder.mkdir()
         for file in sorted(source.iterdir()):
