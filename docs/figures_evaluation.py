@@ -24,7 +24,7 @@ LINES = {
     "guidance": "sweep guidance --data DATA --prompts 200 --size 64 --scales 0.5 1 1.25 1.5 2 3 4",
     "steps": "sweep steps --data DATA --prompts 32 --size 64 --steps 2 5 10 --etas 0 1 hat --samplers ddim dpmpp_2m",
     "ddim": "sweep steps --model SHAPES --data synthetic --set synthetic.size=1024 --set synthetic.max_objects=1 "
-    "--prompts 32 --size 64 --guidance 1 --samplers ddim --steps 10 20 50 100",
+    "--prompts 32 --size 64 --guidance 1 --samplers ddim",
     "prior": "sweep prior --data DATA --prompts 200 --size 64",
     "memorisation": "memorisation --data DATA --prompts 1550 --size 64",
 }

@@ -37,7 +37,7 @@ def test_the_evaluation_figures_are_those_of_the_page(monkeypatch: pytest.Monkey
     assert sorted(shown) == sorted(figures_evaluation.FIGURES)
     written = " ".join(page.replace("\\\n", " ").split())
     for name, line in figures_evaluation.LINES.items():
-        asked = line.replace("DATA", "data/emoji_1024").replace("OTHERS", "data/others")
+        asked = line.replace("DATA", "data/emoji_natural")
         assert f"unclip {asked.replace('SHAPES', 'runs/synthetic/model')}" in written, name
     monkeypatch.delenv("EMOJI", raising=False)
     with pytest.raises(figures_evaluation.NotNamed, match="needs EMOJI in the environment"):

@@ -91,12 +91,16 @@ def test_small_pictures_are_enlarged_and_edges_are_kept() -> None:
         ("pizza", {"width": 0}, "shares of the picture"),
         ("pizza", {"height": 1.5}, "shares of the picture"),
         ("pizza " * 60, {}, "too long to be read"),
-        ("pizza", {"font": Path(__file__)}, "cannot be read"),
     ],
 )
 def test_labels_that_cannot_be_stuck_on(text: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         stick_label(picture(), text, **options)
+
+
+def test_a_font_that_is_none() -> None:
+    with pytest.raises(UnclipError, match=r"test_probing\.py cannot be read: .*; expected a TrueType or OpenType file"):
+        stick_label(picture(), "pizza", font=Path(__file__))
 
 
 def test_typographic_rows(model: UnCLIP) -> None:

@@ -49,9 +49,8 @@ elsewhere=(train_clip.py --config configs/clip/emoji_elsewhere.yaml init_from="$
 stage "${elsewhere[@]}" train.steps=2550 train.optimizer.lr=6.0e-3 data.augment=false data.restyle=0.5
 # And once more, held half as tightly: prior and decoder follow it below.
 settled=$RUNS/clip_settled/model
-stage train_clip.py --config configs/clip/emoji_elsewhere.yaml init_from="$RUNS/clip_elsewhere/model" "$natural" \
-    train.run_dir="$RUNS/clip_settled" keep_embeddings=5.0 data.augment=false data.restyle=0.55 train.precision=bfloat16 \
-    train.steps=900 train.optimizer.lr=6.0e-4 train.seed=5
+stage train_clip.py --config configs/clip/emoji_settled.yaml init_from="$RUNS/clip_elsewhere/model" "$natural" \
+    train.run_dir="$RUNS/clip_settled"
 stage train_prior.py --config configs/prior/emoji.yaml clip="$clip" "$natural" train.run_dir="$RUNS/prior"
 every="data.sources=[{source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, weight: 1}]"
 stage train_decoder.py --config configs/decoder/emoji_64_all.yaml clip="$clip" "$every" \
