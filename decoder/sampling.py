@@ -72,9 +72,8 @@ class DecoderStage:
         """
         config, state = read_decoder_config(folder), load_weights(folder)
         network = load_network(lambda: build_network(config), state, folder)
-        network = network.to(device).requires_grad_(False)
+        network = network.to(device, dtype).requires_grad_(False)
         stage = cls(network.to(memory_format=torch.channels_last), config, device)  # type: ignore[call-overload]
-        stage.hold_in(dtype)
         statistics = read_statistics(folder)
         if statistics is not None:
             stage.process.use_statistics(statistics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,11 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
         image = image if autoencoder is None else autoencoder.encode(image)
         return decoder_loss(engine, process, model, image, embedding, text, generator)
 
-    fixed: list[dict[str, Any]] = []
+    fixed = cache(lambda: fixed_batch(config.data, min(_PREVIEWS, config.train.batch_size)))
 
     def sample(ema_network: nn.Module) -> Image.Image:
         """A few images above what the decoder makes of their embeddings, and their captions below."""
-        if not fixed:
-            fixed.append(fixed_batch(config.data, min(_PREVIEWS, config.train.batch_size)))
-        batch = fixed[0]
+        batch = fixed()
         real, embedding, text = embed({**batch, "image": batch["image"].to(distributed.device)})
         stage = DecoderStage(ema_network, model, distributed.device)
         drawn = stage.sample(embedding, range(len(embedding)), text=text)

@@ -17,12 +17,12 @@ from unclip.training.clip import bounded
 
 
 class Moving(Tiny):
-    """Tells where it is sent; copies tell the same list."""
+    """Tells which copy of it is sent where."""
 
-    moves: ClassVar[list[str]] = []
+    moves: ClassVar[list[tuple[int, str]]] = []
 
     def to(self, *arguments: Any, **options: Any) -> Any:
-        Moving.moves.append(str(arguments[0]))
+        Moving.moves.append((id(self), str(arguments[0])))
         return super().to(*arguments, **options)
 
 
@@ -31,11 +31,11 @@ def test_what_draws_on_the_way_is_on_the_runs_device_while_it_draws(tmp_path: Pa
     Moving.moves.clear()
     body = {"run_dir": str(tmp_path), "steps": STEPS, "batch_size": BATCH, "sample_every": STEPS, "peak_tflops": 1.0}
     config = parse_config(TinyRun, {"train": {**body, "wandb": {"mode": "disabled"}}})
-    seen: list[list[str]] = []
+    seen: list[tuple[int, list[str]]] = []
 
     def sample(network: nn.Module) -> Image.Image:
         assert not network.training
-        seen.append(list(Moving.moves))
+        seen.append((id(network), [where for who, where in Moving.moves if who == id(network)]))
         if fails:
             raise ValueError("no picture today")
         return Image.new("RGB", (8, 8))
@@ -51,9 +51,9 @@ def test_what_draws_on_the_way_is_on_the_runs_device_while_it_draws(tmp_path: Pa
             begin()
     else:
         begin()
-    device = str(current().device)
-    assert seen[0][-1] == device, "the copy that draws was not moved"
-    assert Moving.moves[len(seen[0])] == "cpu", "nor taken back"
+    copied, before = seen[0]
+    assert before == [str(current().device)], "the copy that draws was not moved"
+    assert [where for who, where in Moving.moves if who == copied] == [*before, "cpu"], "or not taken back"
 
 
 def test_a_run_that_draws_nothing_keeps_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

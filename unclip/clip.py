@@ -81,9 +81,8 @@ class FrozenCLIP(nn.Module):
         tokenizer_options: dict[str, Any] = {}
         if folder.is_dir():
             if not (folder / CONFIG_FILE).is_file():
-                raise UnclipError(
-                    f"{folder} is not an open_clip model: {CONFIG_FILE} is missing (found: {contents(folder)})"
-                )
+                lacking = f"{CONFIG_FILE} is missing (found: {contents(folder)})"
+                raise UnclipError(f"{folder} is not an open_clip model: {lacking}")
             tokenizer_options = _tokenizer_options(folder)
             identifier = f"local-dir:{folder.resolve()}"
         else:
@@ -92,7 +91,7 @@ class FrozenCLIP(nn.Module):
                 name, pretrained = name.split("/", 1)
             if not name.startswith("hf-hub:") and name not in known:
                 raise UnclipError(
-                    f"no CLIP called {name!r}: it is no folder, no 'hf-hub:user/name' and no architecture of open_clip "
+                    f"no CLIP called {name!r}: no folder, no 'hf-hub:user/name', no architecture of open_clip "
                     f"({nearest(name, known)})"
                 )
             if name in known and pretrained is None:

@@ -90,11 +90,12 @@ class Upsampler(nn.Module):
         # In training every network that learns runs in every process, were it on a row that is cut away again:
         # processes must agree on which gradients there are to sum, and under ZeRO 3 on whose weights are gathered.
         always = [self.training and _learns(unet) for unet in (self.unet, self.last_unet)]
-        parts = [
-            run(unet, chosen if len(chosen) else slice(0, 1))[: len(chosen)]
-            for unet, chosen, needed in zip((self.unet, self.last_unet), rows, always, strict=True)
-            if needed or len(chosen)
-        ]
+        parts = []
+        for unet, chosen, needed in zip((self.unet, self.last_unet), rows, always, strict=True):
+            if len(chosen) == len(x):
+                parts.append(run(unet, slice(None)))  # a view, which keeps channels_last
+            elif needed or len(chosen):
+                parts.append(run(unet, chosen if len(chosen) else slice(0, 1))[: len(chosen)])
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(rows).argsort()]
 
     def activation_bytes(self, batch: int, height: int, width: int) -> int:

@@ -81,11 +81,11 @@ def embed(
         raise UsageError("name either pictures or a data set (--dataset SOURCE)")
     if out is None:
         raise UsageError("name what to write: --out FILE.npy for pictures, --out FOLDER for a data set")
-    named = {"--pixels": pixels, "--image-size": image_size, "--rows": rows, "--batch-size": batch_size}
-    whole = {**named, "--set": changes, "--split": split, "--streaming": streaming or None}
-    alone = [name for name, value in whole.items() if value is not None]
-    if dataset is None and alone:
-        raise UsageError(f"{alone[0]} is of a whole data set; add --dataset SOURCE, or leave it out")
+    if dataset is None:
+        _refuse_of_data_sets(
+            pixels=pixels, image_size=image_size, rows=rows, batch_size=batch_size, set=changes, split=split,
+            streaming=streaming or None,
+        )  # fmt: skip
     if model is not None and clip is not None:
         raise UsageError("--model and --clip both name a CLIP; give one of them")
     model = "emoji" if model is None else model
@@ -105,6 +105,14 @@ def embed(
         out, model, clip, device,
         rows=rows or 8192, batch_size=batch_size or 64, image_size=image_size, pixels=pixels,
     )  # fmt: skip
+
+
+def _refuse_of_data_sets(**given: Any) -> None:
+    """UsageError: an option that pictures alone have no use for."""
+    for name, value in given.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} is of a whole data set; add --dataset SOURCE, or leave it out")
 
 
 def _embed_pictures(

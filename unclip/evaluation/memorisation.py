@@ -112,21 +112,21 @@ def measure_memorisation(
     """
     need_eval()
     share = Share() if share is None else share
-    about_data = {"train": describe(train.config), "held out": describe(held_out.config) if held_out else None}
+    about_data = {"train": describe(train.config), "held out": None if held_out is None else describe(held_out.config)}
     where = {**describe(prompts.config), "limit": prompts.limit}
     settings = {"source": source.identity, "prompts": where, "network": extractor.identity, "size": size, **about_data}
     begin(out, {"kind": "memorisation", **settings})
     place = cache or default_cache()
     known = RealFeatures(train, extractor, size, place)
-    unknown = RealFeatures(held_out, extractor, size, place) if held_out else None
+    unknown = None if held_out is None else RealFeatures(held_out, extractor, size, place)
     samples = SampleFeatures(prompts, source, extractor, out / "pieces")
     known.make(share, lambda number: told("training pictures", number))
-    if unknown:
+    if unknown is not None:
         unknown.make(share, lambda number: told(HELD_OUT, number))
     samples.make(share, lambda number: told("samples", number))
     if not (known.complete and (unknown is None or unknown.complete) and samples.complete):
         return None
-    drawn, seen, unseen = samples.load(), known.load(), unknown.load() if unknown else None
+    drawn, seen, unseen = samples.load(), known.load(), None if unknown is None else unknown.load()
     if not len(drawn.get("number", ())):
         raise UsageError(f"there is no sample to compare: {prompts.tally.report()}")
     total = len(seen["number"])
@@ -138,11 +138,14 @@ def measure_memorisation(
     }
     copies = total - len(seen["number"]) if unseen is None else _shared(found)
     other = EACH_OTHER if unseen is None else HELD_OUT
+    compared = "none"
+    if held_out is not None and unseen is not None:
+        compared = f"{len(unseen['number'])} of {held_out.config.source}"
     about = {
         "pictures": source.identity.get("model", {}).get("name") or prompts.config.source,
         "samples": f"{len(drawn['clip'])} of {len(drawn['number'])} captions of {prompts.config.source}",
         "training pictures": f"{total} of {train.config.source}",
-        HELD_OUT: f"{len(unseen['number'])} of {held_out.config.source}" if held_out and unseen else "none",
+        HELD_OUT: compared,
         "size": f"{size} px",
         "compared by": f"{extractor.clip_label}; pixels of 32×32",
         "settings": source.identity,
