@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 _BATCH = 32
 _DATASET = "A whole data set (--dataset)"
+_Model = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|DIR|HUB-ID", help="The model whose CLIP it is (default: emoji, the bundled one)."),
+]
+_Rows = Annotated[
+    int | None, typer.Option(min=1, help="Samples a shard (default: 8192).", rich_help_panel=_DATASET)
+]
 
 
 def embed(
@@ -25,10 +32,7 @@ def embed(
     out: Annotated[
         Path | None, typer.Option(help="The .npy file to write; with --dataset the folder.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|DIR|HUB-ID", help="The model whose CLIP it is (default: emoji, the bundled one)."),
-    ] = None,
+    model: _Model = None,
     clip: Annotated[
         str | None, typer.Option(help="A CLIP by itself, as a run's `clip` names it, in the place of --model.")
     ] = None,
@@ -56,9 +60,7 @@ def embed(
         int | None,
         typer.Option(min=8, max=2048, help="Edge the CLIP sees (default: its own).", rich_help_panel=_DATASET),
     ] = None,
-    rows: Annotated[
-        int | None, typer.Option(min=1, help="Samples a shard (default: 8192).", rich_help_panel=_DATASET)
-    ] = None,
+    rows: _Rows = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images embedded together (default: 64).", rich_help_panel=_DATASET)
     ] = None,
