@@ -84,6 +84,35 @@ def test_captions_state_what_how_many_where_and_on_which_colour(world: SimpleNam
     assert len(seen) >= 14  # nine places, four relations, rows and columns
 
 
+def test_of_a_tidy_scene_the_caption_says_all(world: SimpleNamespace) -> None:
+    """Two pictures of one caption would be two truths; what is left unsaid has one meaning."""
+    pictures: dict[str, set[tuple]] = {}
+    for index in range(600):
+        found = world.scenes.scene(world.things, index, tidy=True)
+        boxes = tuple(sorted((group.name, box) for group in found.groups for box in group.boxes))
+        for caption in found.captions:
+            pictures.setdefault(caption, set()).add((found.background, boxes))
+    assert all(len(shown) == 1 for shown in pictures.values())
+    assert any("background" not in caption for caption in pictures)  # on white
+    assert sum(len(shown) for shown in pictures.values()) < sum(
+        len(world.scenes.scene(world.things, index, tidy=True).captions) for index in range(600)
+    )
+
+
+def test_families_differ_in_places_and_numbers_alone(world: SimpleNamespace) -> None:
+    for family in range(20):
+        alike = world.scenes.alike(world.things, family, 4, tidy=True)
+        assert len({found.background for found in alike}) == 1
+        assert len({frozenset(group.name for group in found.groups) for found in alike}) == 1
+        pixels = {world.scenes.render(found, world.by_name, 64).tobytes() for found in alike}
+        assert len(pixels) == 4 and not any(found.held_out for found in alike)
+        assert alike == world.scenes.alike(world.things, family, 4, tidy=True)
+    held = world.scenes.alike(world.things, 0, 4, split="held_out")
+    assert all(found.held_out for found in held)
+    with pytest.raises(world.scenes.PrepareError, match="No 99 scenes of the split 'trained' that are alike"):
+        world.scenes.alike(world.things[:1], 0, 99, tidy=True)
+
+
 def test_one_scene_is_the_same_picture_at_every_size(world: SimpleNamespace) -> None:
     for index in range(6):
         found = world.scenes.scene(world.things, index)

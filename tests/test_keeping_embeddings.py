@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -93,6 +94,18 @@ def test_changed_pictures_come_nearer_and_plain_ones_stay(start: Path, tmp_path:
     captions = batch["caption"][:3]
     assert torch.equal(before.encode_text(captions).embedding, after.encode_text(captions).embedding)
     assert same_clip(identify(str(start)), identify(str(kept))) is None
+
+
+def test_a_source_of_a_mixture_may_go_where_it_will(start: Path, tmp_path: Path) -> None:
+    """With plain: false in the only source, the weights become those of a run without the term."""
+    source = {"source": "synthetic", "plain": False}
+    data = {**DATA, "augment": True, "sources": [source]}
+    train = {"steps": 4, "seed": 1, "optimizer": {"lr": 3e-3}}
+    kept = run(config(tmp_path / "kept", init_from=str(start), keep_embeddings=9.0, data=data, train=train), current())
+    data = {**data, "sources": [{"source": "synthetic"}]}
+    free = run(config(tmp_path / "free", init_from=str(start), data=data, train=train), current())
+    own, other = (load_file(folder / "open_clip_model.safetensors") for folder in (kept, free))
+    assert all(torch.equal(own[name], other[name]) for name in other)
 
 
 def test_what_does_not_go_with_it(tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers_data import plain as samples
+from helpers_data import write_tar
 from torch import Tensor
 
 from decoder import DecoderRunConfig, decoder_loss, train
 from unclip.clip import FrozenCLIP
-from unclip.config import parse_config
+from unclip.config import DataConfig, parse_config
 from unclip.data import build_batches
 from unclip.data.restyle import STYLES, blurred, contours, hue, lit, restyle_batch, turned
+from unclip.errors import UsageError
 from unclip.training import current
 
 
@@ -28,23 +31,52 @@ def _rngs(count: int) -> list[np.random.Generator]:
 
 def test_share_says_how_many_change() -> None:
     images = _pictures(200, 8)
-    assert torch.equal(restyle_batch(images, _rngs(200), 0.0), images)
-    changed = (restyle_batch(images, _rngs(200), 0.35) != images).flatten(1).any(1).sum().item()
+    assert torch.equal(restyle_batch(images, _rngs(200), [0.0] * 200), images)
+    changed = (restyle_batch(images, _rngs(200), [0.35] * 200) != images).flatten(1).any(1).sum().item()
     assert 50 <= changed <= 90  # 70 are expected, with a deviation of 7
-    assert (restyle_batch(images, _rngs(200), 1.0) != images).flatten(1).any(1).sum().item() >= 195
+    assert (restyle_batch(images, _rngs(200), [1.0] * 200) != images).flatten(1).any(1).sum().item() >= 195
+
+
+def test_each_source_of_a_mixture_is_restyled_as_it_asks(tmp_path: Path) -> None:
+    """One source changes always and keeps the plain picture, one never, one changes and lets the plain picture go."""
+    write_tar(tmp_path / "a.tar", samples(range(8), captions=lambda i: [f"a {i}"]))
+    write_tar(tmp_path / "b.tar", samples(range(8), captions=lambda i: [f"b {i}"]))
+    write_tar(tmp_path / "c.tar", samples(range(8), captions=lambda i: [f"c {i}"]))
+    sources = [
+        {"source": str(tmp_path / "a.tar"), "restyle": 1.0, "cache": False},
+        {"source": str(tmp_path / "b.tar"), "streaming": True, "cache": False},
+        {"source": str(tmp_path / "c.tar"), "restyle": 1.0, "plain": False},
+    ]
+    data = parse_config(DataConfig, {"sources": sources, "image_size": 16, "plain": True, "cache": True})
+    batch = next(build_batches(data, batch_size=60, seed=3))
+    shown = next(build_batches(data.unchanged().model_copy(update={"plain": False}), batch_size=60, seed=3))
+    assert shown["caption"] == batch["caption"]
+
+    def where(first: str, second: dict[str, Any], kind: str) -> list[bool]:
+        same = (batch[first] == second["image"]).flatten(1).all(1).tolist()  # type: ignore[literal-required]
+        return [one for one, caption in zip(same, batch["caption"], strict=True) if caption[0] == kind]
+
+    assert {caption[0] for caption in batch["caption"]} == {"a", "b", "c"}
+    for kind in "ac":  # a plain colour turned or blurred stays what it was
+        assert not all(where("image", shown, kind))
+    assert all(where("image", shown, "b"))
+    assert all(where("plain", shown, "a")) and all(where("plain", shown, "b")) and all(where("plain", batch, "c"))
+    assert batch["has_plain"].tolist() == [caption[0] != "c" for caption in batch["caption"]]
+    with pytest.raises(UsageError, match=r"a source asks for plain, and the data section does not"):
+        parse_config(DataConfig, {"sources": [{**sources[0], "plain": True}]})
 
 
 def test_result_does_not_depend_on_the_batch() -> None:
     images = _pictures()
-    together = restyle_batch(images, _rngs(6), 0.8)
-    alone = torch.cat([restyle_batch(images[i : i + 1], _rngs(6)[i : i + 1], 0.8) for i in range(6)])
+    together = restyle_batch(images, _rngs(6), [0.8] * 6)
+    alone = torch.cat([restyle_batch(images[i : i + 1], _rngs(6)[i : i + 1], [0.8]) for i in range(6)])
     assert torch.equal(together, alone)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_pictures_stay_in_range(style: object) -> None:
     light = (_pictures(1)[0] + 1) / 2
-    many = restyle_batch(_pictures(40), _rngs(40), 1.0)
+    many = restyle_batch(_pictures(40), _rngs(40), [1.0] * 40)
     assert many.abs().max() <= 1 and many.isfinite().all()
     assert style(light, np.random.default_rng(0)).shape == light.shape  # type: ignore[operator]
 

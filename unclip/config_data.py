@@ -54,6 +54,13 @@ class SourceConfig(Config):
     caption_column: str | None = None
     key_column: str | None = None
     low_column: str | None = None
+    cache: bool | None = None
+    restyle: float | None = Field(None, ge=0, le=1)
+    plain: bool | None = Field(
+        None,
+        description="false where data.plain is true: these pictures are drawn as restyle left them, and a CLIP's "
+        "keep_embeddings lets theirs go",
+    )
 
 
 class DataConfig(Config):
@@ -114,6 +121,8 @@ class DataConfig(Config):
         if self.crop_size is not None and self.crop_size > self.image_size:
             raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
         self._check_low()
+        if not self.plain and any(one.plain for one in self.sources):
+            raise ValueError("a source asks for plain, and the data section does not; set data.plain to true")
         if self.plain and (self.has_low or self.crop_size is not None or self.horizontal_flip):
             raise ValueError(
                 "data.plain (which keep_embeddings sets) compares each picture with what augment and restyle made of "
@@ -130,7 +139,7 @@ class DataConfig(Config):
             return
         if self.low_size is not None and self.image_size % self.low_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of low_size {self.low_size}")
-        if self.augment or self.restyle:
+        if self.augment or self.restyle or any(one.restyle for one in self.sources):
             raise ValueError(
                 "augment and restyle change the image and not the picture of low_column, which would no longer be of "
                 "it; leave them out"
@@ -141,11 +150,23 @@ class DataConfig(Config):
         """Whether a source has low-resolution pictures of its own."""
         return self.low_column is not None or any(one.low_column is not None for one in self.sources)
 
+    def unchanged(self) -> DataConfig:
+        """The same data without the random changes of training; pictures are cropped as before."""
+        sources = tuple(one.model_copy(update={"restyle": None}) for one in self.sources)
+        change = {"augment": False, "restyle": 0.0, "horizontal_flip": False, "sources": sources}
+        return self.model_copy(update=change)
+
+    @property
+    def changes(self) -> list[str]:
+        """Names of the random changes that the configuration asks for."""
+        asked = [name for name in ("crop_size", "horizontal_flip", "augment", "restyle") if getattr(self, name)]
+        return asked or (["restyle"] if any(one.restyle for one in self.sources) else [])
+
     def each(self) -> list[tuple[DataConfig, float]]:
         """The sources one by one, each as a configuration of its own, with their weights."""
         if not self.sources:
             return [(self, 1.0)]
-        fields = ("source", "split", "streaming", "image_column", "caption_column", "key_column", "low_column")
+        fields = [name for name in SourceConfig.model_fields if name != "weight"]
         result = []
         for one in self.sources:
             given = {name: value for name in fields if (value := getattr(one, name)) is not None}

@@ -156,18 +156,45 @@ def all_held_out(things: Sequence[Thing]) -> dict[str, list[str]]:
 # ---------------------------------------------------------------- one scene
 
 
-def scene(things: Sequence[Thing], index: int, seed: int = 0, split: str = "trained") -> Scene:
-    """Scene number `index`; `split` is "trained" or "held_out". Equal arguments give equal scenes."""
+def scene(things: Sequence[Thing], index: int, seed: int = 0, split: str = "trained", tidy: bool = False) -> Scene:
+    """Scene number `index`; `split` is "trained" or "held_out". Equal arguments give equal scenes.
+
+    A `tidy` one has every emoji in the very middle of its place, so that its caption says all there is to know.
+    """
     for attempt in range(10_000):
-        found = _draw_lots(things, random.Random(f"{seed}/{index}/{attempt}"))
+        found = _draw_lots(things, random.Random(f"{seed}/{index}/{attempt}"), tidy)
         if found is not None and bool(found.held_out) == (split == "held_out"):
             return found
     raise PrepareError(f"No scene of the split {split!r} can be made of {len(things)} emoji.")
 
 
-def _draw_lots(things: Sequence[Thing], rng: random.Random) -> Scene | None:
-    background = rng.choice(list(BACKGROUNDS))
-    counts = rng.choice(((1,), (2,), (3,), (1, 1), (1, 1), (1, 2), (2, 1), (1, 1, 1)))
+def alike(
+    things: Sequence[Thing], family: int, count: int, seed: int = 0, split: str = "trained", tidy: bool = False
+) -> list[Scene]:
+    """`count` scenes of the same emoji on the same background, no two with the same places and numbers: what tells
+    them apart is what a CLIP has to learn beside what there is.
+    """
+    for attempt in range(1000):
+        rng = random.Random(f"{seed}/family {family}/{attempt}")
+        like, found = None, dict[Any, Scene]()
+        for _ in range(20 * count):
+            one = _draw_lots(things, rng, tidy, like)
+            if one is not None and bool(one.held_out) == (split == "held_out"):
+                like = like or one
+                found.setdefault((one.relation in PLACES, *sorted((g.name, g.boxes) for g in one.groups)), one)
+            if len(found) == count:
+                return list(found.values())
+    raise PrepareError(f"No {count} scenes of the split {split!r} that are alike can be made of {len(things)} emoji.")
+
+
+def _draw_lots(things: Sequence[Thing], rng: random.Random, tidy: bool, like: Scene | None = None) -> Scene | None:
+    background = like.background if like else rng.choice(list(BACKGROUNDS))
+    possible = ((1,), (2,), (3,), (1, 1), (1, 1), (1, 2), (2, 1), (1, 1, 1))
+    if like:
+        names = {group.name for group in like.groups}
+        things = [thing for thing in things if thing.name in names]
+        possible = tuple(one for one in possible if len(one) == len(names))
+    counts = rng.choice(possible)
     if len(things) < len(counts):
         return None
     chosen = rng.sample(list(things), len(counts))
@@ -182,30 +209,34 @@ def _draw_lots(things: Sequence[Thing], rng: random.Random) -> Scene | None:
     else:
         relation = rng.choice(list(ROWS))
         places = ("first", "second", "third")
-    boxes = _boxes(counts, relation, rng)
+    boxes = _boxes(counts, relation, None if tidy else rng)
     groups = tuple(
         Group(thing.name, thing.noun, count, place, tuple(box))
         for thing, count, place, box in zip(chosen, counts, places, boxes, strict=True)
     )
     held = [facet for facet in facets(background, [(g.name, g.count, g.place) for g in groups]) if is_held_out(facet)]
-    return Scene(background, relation, groups, _captions(background, relation, groups), tuple(held))
+    return Scene(background, relation, groups, _captions(background, relation, groups, tidy), tuple(held))
 
 
-def _boxes(counts: Sequence[int], relation: str, rng: random.Random) -> list[list[tuple[int, int, int]]]:
-    """Boxes of each group. Neighbours keep at least one unit apart."""
+def _boxes(counts: Sequence[int], relation: str, rng: random.Random | None) -> list[list[tuple[int, int, int]]]:
+    """Boxes of each group, without a generator in the middle of their places. Neighbours are a unit or more apart."""
+
+    def lot(low: int, high: int) -> int:
+        return rng.randint(low, high) if rng else (low + high) // 2
+
     total = sum(counts)
     edge = SIZES[total]
     if total == 1:
         _, across, along = PLACES[relation]
-        return [[(rng.randint(*across), rng.randint(*along), edge)]]
+        return [[(lot(*across), lot(*along), edge)]]
     sideways = relation in {"left of", "right of", "row"}
     slot = GRID / (total if max(counts) == total or len(counts) == 3 else 2)
     spare = max(int(slot) - edge - 1, 0)
-    drift = rng.randint(-2, 2)
+    drift = lot(-2, 2)
 
     def place(main: float, cross: float) -> tuple[int, int, int]:
-        a = round(main - edge / 2 + rng.randint(0, spare) - spare / 2)
-        b = round(cross - edge / 2) + drift + rng.randint(-1, 1)
+        a = round(main - edge / 2 + lot(0, spare) - spare / 2)
+        b = round(cross - edge / 2) + drift + lot(-1, 1)
         a, b = (min(max(v, 0), GRID - edge) for v in (a, b))
         return (a, b, edge) if sideways else (b, a, edge)
 
@@ -221,26 +252,30 @@ def _boxes(counts: Sequence[int], relation: str, rng: random.Random) -> list[lis
     return found
 
 
-def _captions(background: str, relation: str, groups: Sequence[Group]) -> tuple[str, ...]:
+def _captions(background: str, relation: str, groups: Sequence[Group], tidy: bool) -> tuple[str, ...]:
+    """What people might write; the first says all. In a tidy scene what is left unsaid has one meaning: in the middle,
+    side by side, on white."""
     where = f"on {indefinite(background)} background"
     said = [count_phrase(group.noun, group.count) for group in groups]
     if len(groups) == 1 and groups[0].count == 1:
         place = PLACES[relation][0]
-        return (f"{said[0]} {place} {where}", f"{said[0]} {where}, {place}", f"{said[0]} {where}")
+        vague = (f"{said[0]} {where}",) if not tidy or relation == "middle" else ()
+        return (f"{said[0]} {place} {where}", f"{said[0]} {where}, {place}", *vague)
     if len(groups) == 1:
         side, line = ROWS[relation]
-        return (f"{said[0]} {where}", f"{said[0]} {side if groups[0].count == 2 else line} {where}")
-    if len(groups) == 2:
+        whole = [f"{said[0]} {side if groups[0].count == 2 else line}"]
+        whole += [said[0]] if not tidy or relation == "row" else []
+    elif len(groups) == 2:
         long = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "under"}
         first, second = said
-        back = OPPOSITE[relation]
-        return (
-            f"{first} {relation} {second} {where}",
-            f"{first} {long[relation]} {second} {where}",
-            f"{second} {back} {first} {where}",
-        )
-    way = "from left to right" if relation == "row" else "from top to bottom"
-    return (f"{said[0]}, {said[1]} and {said[2]} {way} {where}",)
+        whole = [f"{first} {way} {second}" for way in (relation, long[relation])]
+        whole += [f"{second} {OPPOSITE[relation]} {first}"]
+    else:
+        way = "from left to right" if relation == "row" else "from top to bottom"
+        whole = [f"{said[0]}, {said[1]} and {said[2]} {way}"]
+        whole += [f"{said[0]}, {said[1]} and {said[2]}"] if tidy and relation == "row" else []
+    bare = whole[:1] if tidy and background == "white" else []
+    return (*(f"{text} {where}" for text in whole), *bare)
 
 
 def truth(found: Scene) -> dict[str, Any]:
@@ -257,31 +292,51 @@ def render(found: Scene, things: dict[str, Thing], size: int) -> Image.Image:
     return draw_scene(boxes, BACKGROUNDS[found.background], size)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Which scenes are to be drawn, and at what size; each `alike` neighbours are of a family."""
+
+    size: int = 64
+    seed: int = 0
+    split: str = "trained"
+    tidy: bool = False
+    alike: int = 1
+
+    def scenes(self, things: Sequence[Thing], first: int, last: int) -> Iterator[tuple[int, Scene]]:
+        """Numbers and scenes from `first`, a multiple of `alike`, up to `last`."""
+        if self.alike == 1:
+            yield from ((i, scene(things, i, self.seed, self.split, self.tidy)) for i in range(first, last))
+            return
+        for family in range(first // self.alike, -(-last // self.alike)):
+            found = alike(things, family, self.alike, self.seed, self.split, self.tidy)
+            yield from ((i, one) for i, one in enumerate(found, family * self.alike) if i < last)
+
+
 def samples(
-    things: Sequence[Thing], first: int, last: int, size: int, seed: int, split: str
+    things: Sequence[Thing], first: int, last: int, wanted: Wanted
 ) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """(key, PNG, truth) of the scenes from `first` up to `last`."""
     by_name = {thing.name: thing for thing in things}
-    for index in range(first, last):
-        found = scene(things, index, seed, split)
+    how = {"seed": wanted.seed, "split": wanted.split, "tidy": wanted.tidy, "alike": wanted.alike}
+    for index, found in wanted.scenes(things, first, last):
         out = io.BytesIO()
-        render(found, by_name, size).save(out, "PNG", compress_level=3)
-        yield f"{index:09d}", out.getvalue(), {"seed": seed, "index": index, "split": split, **truth(found)}
+        render(found, by_name, wanted.size).save(out, "PNG", compress_level=3)
+        yield f"{index:09d}", out.getvalue(), {"index": index, **how, **truth(found)}
 
 
-def _shard(job: tuple[int, int], *, things: Sequence[Thing], out: Path, size: int, seed: int, split: str) -> int:
+def _shard(job: tuple[int, int], *, things: Sequence[Thing], out: Path, wanted: Wanted) -> int:
     first, last = job
     path = out / f"{first // SHARD:06d}.tar"
     if not path.exists():
-        write_shard(path, samples(things, first, last, size, seed, split))
+        write_shard(path, samples(things, first, last, wanted))
     return last - first
 
 
-def write(things: Sequence[Thing], out: Path, count: int, size: int, seed: int, split: str, workers: int) -> None:
+def write(things: Sequence[Thing], out: Path, count: int, wanted: Wanted, workers: int) -> None:
     """Tars of 1,000 scenes each; a stopped run goes on with the first missing tar."""
-    claim(out, {"scenes": count, "size": size, "seed": seed, "split": split, "things": [t.name for t in things]})
+    claim(out, {"scenes": count, **asdict(wanted), "things": [thing.name for thing in things]})
     jobs = [(first, min(first + SHARD, count)) for first in range(0, count, SHARD)]
-    work = partial(_shard, things=list(things), out=out, size=size, seed=seed, split=split)
+    work = partial(_shard, things=list(things), out=out, wanted=wanted)
     if workers == 1:
         _report(map(work, jobs), count)
         return
@@ -296,14 +351,13 @@ def _report(numbers: Iterable[int], count: int) -> None:
         print(f"{done} of {count} scenes", file=sys.stderr)
 
 
-def sheet(things: Sequence[Thing], count: int, size: int, seed: int, split: str) -> Image.Image:
+def sheet(things: Sequence[Thing], count: int, wanted: Wanted) -> Image.Image:
     """The first scenes side by side, eight a row."""
     by_name = {thing.name: thing for thing in things}
-    across = min(count, 8)
+    across, size = min(count, 8), wanted.size
     found = Image.new("RGB", (across * size, -(-count // across) * size), "white")
-    for index in range(count):
-        picture = render(scene(things, index, seed, split), by_name, size)
-        found.paste(picture, (index % across * size, index // across * size))
+    for index, one in wanted.scenes(things, 0, count):
+        found.paste(render(one, by_name, size), (index % across * size, index // across * size))
     return found
 
 
@@ -316,6 +370,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=positive, default=64, help="side of the pictures in pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("trained", "held_out"), default="trained")
+    parser.add_argument("--tidy", action="store_true", help="every emoji in the very middle of its place")
+    same = "so many neighbours have the same emoji and background"
+    parser.add_argument("--alike", type=int, choices=(1, 2, 4, 5, 8), default=1, help=same)
     parser.add_argument("--workers", type=positive, default=2, help="processes that draw")
     parser.add_argument("--list-held-out", type=Path, metavar="FILE", help="write the held-out combinations as JSON")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write the first scenes as one picture instead")
@@ -325,6 +382,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Write what was asked for; returns the exit code."""
     args = parse(argv)
+    wanted = Wanted(args.size, args.seed, args.split, args.tidy, args.alike)
     try:
         if not (args.out or args.sheet or args.list_held_out):
             raise PrepareError("Nothing to do: give --out, --sheet or --list-held-out.")
@@ -335,9 +393,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = json.dumps(all_held_out(things), ensure_ascii=False, indent=1)
             args.list_held_out.write_text(text + "\n", encoding="utf-8")
         if args.sheet:
-            sheet(things, min(args.count, 64), args.size, args.seed, args.split).save(args.sheet)
+            sheet(things, min(args.count, 64), wanted).save(args.sheet)
         if args.out:
-            write(things, args.out, args.count, args.size, args.seed, args.split, args.workers)
+            write(things, args.out, args.count, wanted, args.workers)
     except (PrepareError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

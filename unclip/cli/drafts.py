@@ -50,7 +50,7 @@ def drafts(
         raise UnclipError(f"{out} is not empty; name a folder that is new or empty")
     check_writable(out)
     config = opt.data_config({"source": data}, size, changes)
-    if config.horizontal_flip or config.augment or config.restyle:
+    if set(config.changes) - {"crop_size"}:
         raise UsageError(
             "the pictures are drawn as they are; leave horizontal_flip, augment and restyle out of --set, and set "
             "horizontal_flip for the upsampler's run, which mirrors both of a pair"

@@ -250,11 +250,10 @@ def check_pixels(info: EmbeddingInfo, config: DataConfig) -> None:
             f"{info.folder} keeps pictures of {info.pixels} px and data.image_size asks for {config.image_size}; "
             f"embed them again with --pixels {config.image_size}, or set data.image_size={info.pixels}"
         )
-    changes = [name for name in ("crop_size", "horizontal_flip", "augment", "restyle") if getattr(config, name)]
-    if changes:
+    if config.changes:
         raise UsageError(
-            f"data.{changes[0]} changes the picture, and {info.folder} holds the embedding of the unchanged one; leave "
-            "it out, or train from the images"
+            f"data.{config.changes[0]} changes the picture, and {info.folder} holds the embedding of the unchanged "
+            "one; leave it out, or train from the images"
         )
     limits = config.filter
     if limits.min_edge is not None or limits.max_aspect is not None:

@@ -35,13 +35,15 @@ class Batch(TypedDict, total=False):
     come, of the CLIP's own length, image_embedding (B, E) and text_embedding (B, E), and token features `tokens`
     (B, L, D) in half precision with their `mask` (B, L); the images are there where they were stored.
 
-    With data.plain, `plain` (B, 3, S, S) is the image before augment and restyle.
+    With data.plain, `plain` (B, 3, S, S) is the image before augment and restyle where `has_plain` (B,) is true, and
+    `image` itself where the sample's source has plain: false.
     With data.low_column, `low` (B, 3, s, s) in [-1, 1] is the low-resolution picture of the same crop, zeros where
     `has_low` (B,) says that the sample has none.
     """
 
     image: Tensor
     plain: Tensor
+    has_plain: Tensor
     low: Tensor
     has_low: Tensor
     caption: list[str]
@@ -65,6 +67,7 @@ class Maker:
     ) -> None:
         self.tally = Tally()
         self._config = config
+        self._each = [one for one, _ in config.each()]
         self._batch_size = batch_size
         self._broken_in_a_row = 0
         self._skipped_since: int | None = None  # epoch in which the last usable sample was followed by skipped ones
@@ -95,6 +98,7 @@ class Maker:
         captions: list[str] = []
         features: list[dict[str, np.ndarray]] = []
         rngs: list[np.random.Generator] = []
+        sources: list[DataConfig] = []
         while len(captions) < self._batch_size:
             samples = self._order.take(self._batch_size - len(captions))
             for sample, result in zip(samples, self._decode(samples), strict=True):
@@ -107,6 +111,7 @@ class Maker:
                 number = int(rng.integers(len(row.captions)))
                 captions.append(row.captions[number])
                 rngs.append(rng)
+                sources.append(self._each[sample.source])
                 if pixels is not None:
                     images.append(pixels)
                     lows.append(low)
@@ -117,9 +122,11 @@ class Maker:
             if self._config.has_low:
                 batch |= self._finish_pairs(images, lows, rngs)
             else:
-                batch["image"] = self._finish(images, rngs)
+                batch["image"] = self._finish(images, rngs, sources)
                 if self._config.plain:
-                    batch["plain"] = to_float(torch.stack(images))
+                    batch["has_plain"] = torch.tensor([one.plain for one in sources])
+                    kept = to_float(torch.stack(images))
+                    batch["plain"] = torch.where(batch["has_plain"][:, None, None, None], kept, batch["image"])
         for name in features[0] if features else ():
             batch[name] = torch.from_numpy(np.stack([one[name] for one in features]))  # type: ignore[literal-required]
         return batch, self.state_dict()
@@ -140,14 +147,17 @@ class Maker:
             return [decode(sample) for sample in samples]
         return list(self._decoders.map(decode, samples))
 
-    def _finish(self, images: list[Tensor], rngs: list[np.random.Generator]) -> Tensor:
+    def _finish(
+        self, images: list[Tensor], rngs: list[np.random.Generator], sources: Sequence[DataConfig]
+    ) -> Tensor:
         """The random changes, then float32 (B, 3, S, S) in [-1, 1]."""
         if self._config.augment:
             images = list(augment_batch(to_float(torch.stack(images)), rngs))
-        if self._config.restyle:
+        shares = [one.restyle for one in sources]
+        if any(shares):
             stack = torch.stack(images)
             floats = stack if stack.is_floating_point() else to_float(stack)
-            images = list(restyle_batch(floats, rngs, self._config.restyle))
+            images = list(restyle_batch(floats, rngs, shares))
         if self._config.crop_size is not None:
             size = self._config.crop_size
             images = [random_crop(image, size, rng) for image, rng in zip(images, rngs, strict=True)]

@@ -28,6 +28,7 @@ class Sample:
     key: int | str
     row: Row
     seed: int
+    source: int = 0  # of a mixture, by number
 
 
 class Order(Protocol):
@@ -162,7 +163,7 @@ class MixedOrder:
         self._number += count
         # One read a source, then back into the order of the draws.
         taken = {index: iter(self._orders[index].take(chosen.count(index))) for index in set(chosen)}
-        return [next(taken[index]) for index in chosen]
+        return [replace(next(taken[index]), source=index) for index in chosen]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ GRAIN = 0.04  # largest standard deviation of the noise, of the range of light
 _LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 
 
-def restyle_batch(images: Tensor, rngs: list[np.random.Generator], share: float) -> Tensor:
-    """Give the expected `share` of (B, 3, H, W) in [-1, 1] another place, size and style, each of STYLES as often.
+def restyle_batch(images: Tensor, rngs: list[np.random.Generator], shares: Sequence[float]) -> Tensor:
+    """Give pictures (B, 3, H, W) in [-1, 1] another place, size and style, each of STYLES as often; `shares` are the
+    chances of each to be changed.
 
     Every picture draws from its own generator, so that the result does not depend on the batch it is in.
     """
     result = images.clone()
-    for index, rng in enumerate(rngs):
+    for index, (rng, share) in enumerate(zip(rngs, shares, strict=True)):
         if rng.random() < share:
             style = STYLES[int(rng.integers(len(STYLES)))]
             result[index] = style(_placed((images[index] + 1) / 2, rng), rng).clamp(0, 1) * 2 - 1

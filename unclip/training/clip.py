@@ -48,7 +48,7 @@ def run(config: ClipRunConfig, distributed: Distributed) -> Path:
         losses = {"contrastive": loss[None], "crowding": crowding[None], "accuracy": accuracy}
         total = loss + config.spread_weight * crowding
         if teacher is not None:
-            drift = drift_loss(teacher, image, batch["plain"])
+            drift = drift_loss(teacher, image, batch["plain"]) * batch["has_plain"].to(image.device)
             losses["drift"] = drift
             total = total + config.keep_embeddings * drift.mean()
         return {"loss": total[None], **losses}

@@ -17,11 +17,11 @@ _GAP, _MARGIN, _LINES = 4, 3, 4
 def fixed_batch(data: DataConfig, count: int, seed: int = 0) -> dict[str, Any]:
     """`count` whole samples that are the same however often a run is continued: of those held out of training where
     there are any (`data.holdout`), else of the data's own."""
-    change: dict[str, Any] = {"crop_size": None, "augment": False, "restyle": 0.0, "horizontal_flip": False}
-    change |= {"cache": False, "workers": 0}
+    sources = tuple(one.model_copy(update={"cache": None}) for one in data.sources)
+    change: dict[str, Any] = {"crop_size": None, "cache": False, "workers": 0, "sources": sources}
     if data.holdout:
         change["part"] = "validation"
-    return dict(next(build_batches(data.model_copy(update=change), batch_size=count, seed=seed)))
+    return dict(next(build_batches(data.model_copy(update=change).unchanged(), batch_size=count, seed=seed)))
 
 
 def captioned_grid(rows: Sequence[Tensor], captions: Sequence[str], cell: int = 112) -> Image.Image:

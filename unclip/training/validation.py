@@ -31,8 +31,7 @@ class Validation:
                 f"train.validate_every is {config.validate_every}, but data.holdout is 0: no sample is held out of "
                 "training. Set data.holdout to a share such as 0.02, or train.validate_every to 0"
             )
-        plain = {"augment": False, "restyle": 0.0, "horizontal_flip": False}
-        part = data.model_copy(update={"part": "validation", **plain})
+        part = data.model_copy(update={"part": "validation"}).unchanged()
         source = build_batches(
             part,
             batch_size=micro_batch(config, distributed.world_size),
