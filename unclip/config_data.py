@@ -158,9 +158,8 @@ class DataConfig(Config):
 
     @property
     def changes(self) -> list[str]:
-        """Names of the random changes that the configuration asks for."""
-        asked = [name for name in ("crop_size", "horizontal_flip", "augment", "restyle") if getattr(self, name)]
-        return asked or (["restyle"] if any(one.restyle for one in self.sources) else [])
+        """Names of the random changes that are asked for; those of a mixture's sources are theirs (`each`)."""
+        return [name for name in ("crop_size", "horizontal_flip", "augment", "restyle") if getattr(self, name)]
 
     def each(self) -> list[tuple[DataConfig, float]]:
         """The sources one by one, each as a configuration of its own, with their weights."""

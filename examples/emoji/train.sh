@@ -24,10 +24,6 @@ python examples/emoji/prepare.py --source "$SOURCE" --size 256 --out "$DATA/emoj
 python examples/emoji/prepare.py --source "$SOURCE" --size 256 --captions natural --out "$DATA/emoji_natural"
 python examples/emoji/prepare.py --source "$SOURCE" --size 1024 --out "$DATA/emoji_1024" \
     --names examples/emoji/familiar.txt
-# Scenes of a few things for CLIP, prior and decoder; those of the first set come in families, for the CLIP.
-scenes=(python examples/emoji/scenes.py --source "$SOURCE" --names examples/emoji/scene_things.txt --tidy)
-"${scenes[@]}" --out "$DATA/emoji_scenes_alike" --count 60000 --alike 8
-"${scenes[@]}" --out "$DATA/emoji_scenes" --count 100000
 
 first=$RUNS/clip/model
 clip=$RUNS/clip_natural/model
@@ -65,30 +61,14 @@ stage train_prior.py --config configs/prior/emoji.yaml clip="$settled" "$natural
     init_from="$RUNS/prior/model" train.steps=400 train.optimizer.lr=5.0e-4 train.seed=6
 stage train_decoder.py --config configs/decoder/emoji_64_elsewhere.yaml clip="$settled" "$every" \
     train.run_dir="$RUNS/decoder_elsewhere" init_from="$RUNS/decoder_refined/model"
-# Scenes: both towers of the CLIP learn them, first by families alone, then with others among them; prior and decoder follow.
-single="{source: $DATA/emoji_natural, weight: 3, restyle: 0.4}"
-free="weight: 3, streaming: true, cache: false, plain: false"
-stage train_clip.py --config configs/clip/emoji_scenes.yaml init_from="$settled" train.run_dir="$RUNS/clip_scenes" \
-    data.sources="[$single, {source: $DATA/emoji_scenes_alike, $free}]"
-stage train_clip.py --config configs/clip/emoji_scenes.yaml init_from="$RUNS/clip_scenes/model" \
-    train.run_dir="$RUNS/clip_scenes_more" train.steps=420 train.optimizer.lr=8.0e-4 train.seed=8 \
-    data.sources="[$single, {source: $DATA/emoji_scenes_alike, $free}, {source: $DATA/emoji_scenes, ${free/3/4}}]"
-last=$RUNS/clip_scenes_more/model
-streamed="source: $DATA/emoji_scenes, streaming: true, cache: false"
-stage train_prior.py --config configs/prior/emoji_scenes.yaml clip="$last" init_from="$RUNS/prior_settled/model" \
-    train.run_dir="$RUNS/prior_scenes" data.sources="[{source: $DATA/emoji_natural, weight: 1}, {$streamed, weight: 1}]"
-every="{source: $DATA/emoji_natural, weight: 3, restyle: 0.3}, {source: $DATA/emoji_1024, weight: 1, restyle: 0.3}"
-stage train_decoder.py --config configs/decoder/emoji_64_scenes.yaml clip="$last" \
-    init_from="$RUNS/decoder_elsewhere/model" train.run_dir="$RUNS/decoder_scenes" \
-    data.sources="[$every, {$streamed, weight: 6}]"
 for size in 64_to_256 256_to_1024; do
     stage train_upsampler.py --config "configs/upsampler/emoji_$size.yaml" "$familiar" \
         train.run_dir="$RUNS/upsampler_${size#*_to_}"
 done
 
 bundle() {
-    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$last" --prior "$RUNS/prior_scenes/model" \
-        --decoder "$RUNS/decoder_scenes/model" --example-prompts examples/emoji/familiar.txt \
+    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$settled" --prior "$RUNS/prior_settled/model" \
+        --decoder "$RUNS/decoder_elsewhere/model" --example-prompts examples/emoji/familiar.txt \
         --card examples/emoji/model_card.md "$@"
 }
 
