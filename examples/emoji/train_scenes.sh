@@ -32,8 +32,8 @@ others="{source: $DATA/emoji_scenes, weight: 4, streaming: true, cache: false, p
 streamed="source: $DATA/emoji_scenes, streaming: true, cache: false"
 clip=$RUNS/clip_more/model
 stage train_clip.py --config configs/clip/emoji_scenes.yaml train.run_dir="$RUNS/clip" data.sources="[$single, $families]"
-stage train_clip.py --config configs/clip/emoji_scenes.yaml train.run_dir="$RUNS/clip_more" init_from="$RUNS/clip/model" \
-    train.steps=420 train.optimizer.lr=8.0e-4 train.seed=8 data.sources="[$single, $families, $others]"
+stage train_clip.py --config configs/clip/emoji_scenes_more.yaml init_from="$RUNS/clip/model" \
+    train.run_dir="$RUNS/clip_more" data.sources="[$single, $families, $others]"
 stage train_prior.py --config configs/prior/emoji_scenes.yaml clip="$clip" train.run_dir="$RUNS/prior" \
     data.sources="[{source: $DATA/emoji_natural, weight: 1}, {$streamed, weight: 1}]"
 every="{source: $DATA/emoji_natural, weight: 3, restyle: 0.3}, {source: $DATA/emoji_1024, weight: 1, restyle: 0.3}"
