@@ -171,8 +171,8 @@ def scene(things: Sequence[Thing], index: int, seed: int = 0, split: str = "trai
 def alike(
     things: Sequence[Thing], family: int, count: int, seed: int = 0, split: str = "trained", tidy: bool = False
 ) -> list[Scene]:
-    """`count` scenes of the same emoji on the same background, no two with the same places and numbers: what tells
-    them apart is what a CLIP has to learn beside what there is.
+    """`count` scenes of the same emoji on the same background, no two of which say the same: places and numbers are
+    what tells them apart, and what a CLIP has to learn beside what there is.
     """
     for attempt in range(1000):
         rng = random.Random(f"{seed}/family {family}/{attempt}")
@@ -181,7 +181,8 @@ def alike(
             one = _draw_lots(things, rng, tidy, like)
             if one is not None and bool(one.held_out) == (split == "held_out"):
                 like = like or one
-                found.setdefault((one.relation in PLACES, *sorted((g.name, g.boxes) for g in one.groups)), one)
+                line = one.relation if one.relation in ROWS else ""  # "left of" and "right of" say one thing
+                found.setdefault((line, *sorted((g.name, g.count, g.place) for g in one.groups)), one)
             if len(found) == count:
                 return list(found.values())
     raise PrepareError(f"No {count} scenes of the split {split!r} that are alike can be made of {len(things)} emoji.")
