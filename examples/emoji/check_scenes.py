@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from prepare import PrepareError, positive, read_names, read_rows
 from scene_drawing import BACKGROUNDS, GRID, piece
-from scenes import OPPOSITE, PLACES, SIZES, Scene, Thing, render, scene, vocabulary
+from scene_vocabulary import Thing, vocabulary
+from scenes import OPPOSITE, PLACES, SIZES, Scene, render, scene
 from torch import Tensor
 from torch.nn import functional as F
 

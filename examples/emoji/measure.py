@@ -32,7 +32,8 @@ from coloured import judged as judged_coloured
 from elsewhere import STYLES, restyled
 from PIL import Image
 from prepare import PrepareError, plain, read_names, read_rows, render
-from scenes import SIZES, Scene, scene, vocabulary
+from scene_vocabulary import vocabulary
+from scenes import SIZES, Scene, scene
 from torch import Tensor
 from torch.nn import functional as F
 

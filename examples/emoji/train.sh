@@ -3,20 +3,10 @@
 #   SOURCE=my/noto-emoji examples/emoji/train.sh
 set -euo pipefail
 
-SOURCE=${SOURCE:?set SOURCE to the folder that holds svg/ and metadata.jsonl, see examples/emoji/README.md}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 DATA=${DATA:-data}             # the two rendered data sets
 RUNS=${RUNS:-runs/emoji}       # run folders
 OUT=${OUT:-runs/emoji/model}   # the finished model; unclip/models/emoji to replace the bundled one
-PORT=${PORT:-29500}            # where deepspeed's processes meet; another one for a second run on this machine
-
-SOURCE=$(cd "$SOURCE" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-[ -x .venv/bin/deepspeed ] && PATH="$PWD/.venv/bin:$PATH"
-
-stage() {
-    printf '\n== %s\n' "$*"
-    deepspeed --master_port "$PORT" "$@"
-}
 
 # All emoji without skin tone, with captions of names and keywords and with captions as people type them; the familiar ones
 # at full size for the decoder's first phases and the upsamplers.

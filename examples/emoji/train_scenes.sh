@@ -3,20 +3,10 @@
 #   SOURCE=my/noto-emoji examples/emoji/train_scenes.sh
 set -euo pipefail
 
-SOURCE=${SOURCE:?set SOURCE to the folder that holds svg/ and metadata.jsonl, see examples/emoji/README.md}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 DATA=${DATA:-data}                # the rendered data sets; two of them are train.sh's
 RUNS=${RUNS:-runs/emoji_scenes}   # run folders
 OUT=${OUT:-$RUNS/model}           # the finished model
-PORT=${PORT:-29500}               # where deepspeed's processes meet; another one for a second run on this machine
-
-SOURCE=$(cd "$SOURCE" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-[ -x .venv/bin/deepspeed ] && PATH="$PWD/.venv/bin:$PATH"
-
-stage() {
-    printf '\n== %s\n' "$*"
-    deepspeed --master_port "$PORT" "$@"
-}
 
 python examples/emoji/prepare.py --source "$SOURCE" --size 256 --captions natural --out "$DATA/emoji_natural"
 python examples/emoji/prepare.py --source "$SOURCE" --size 1024 --out "$DATA/emoji_1024" \
