@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoder.config import DecoderConfig, DecoderRunConfig
@@ -20,6 +20,7 @@ from unclip.training.start import Reader, Start, carry_over, inherited, open_sta
 # They end in zeros, and change nothing until they have learned.
 _MAY_START_FRESH = ("noise_level_to_time.", "unet.refiner.")
 _NULLS = ("null_text", "null_mask", "null_text_embedding")
+_READS_CAPTIONS = ("text_transformer.", "text_to_tokens.", "text_norm.", "last_token_to_time.")
 
 
 def read_part(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
@@ -59,8 +60,9 @@ def begin_from(network: Decoder, start: Start) -> str | None:
     Where it predicts another quantity (ε, x_0, v), the output layer keeps its fresh zeros: it would put out the wrong
     thing, while the features below it serve as well. An inpainting decoder may start from one that is none: the
     weights of its additional input channels are zero, so that it begins by painting as the other did (GLIDE, §3.3).
-    The same holds for what tells the network the embedding's noise level, and for a refiner. Where one drops captions
-    by learned rows and the other by the CLIP's features of '', see `_null_text`.
+    The same holds for what tells the network the embedding's noise level, and for a refiner. Where captions come in
+    another form (`text.kind`), what reads them starts anew. Where one drops captions by learned rows and the other by
+    the CLIP's features of '', see `_null_text`.
     Raises UnclipError: the weights do not fit otherwise.
     """
     before, config, state, own = start.config, network.config, dict(start.state), network.state_dict()
@@ -83,6 +85,17 @@ def begin_from(network: Decoder, start: Start) -> str | None:
         )
     left, kept, note = _null_text(network, before, state)
     notes += [note] if note else []
+    if before.text.kind != config.text.kind:
+        reads = (*_READS_CAPTIONS, "null_text", "null_mask")
+        left = [*left, *(name for name in state if name.startswith(reads) and name != "null_text_embedding")]
+        fresh += [name for name in own if name.startswith(reads) and name != "null_text_embedding"]
+        if network.text_transformer is not None:  # its context is new to the U-Net, and that is change enough
+            nn.init.zeros_(network.last_token_to_time.weight)
+            nn.init.zeros_(network.last_token_to_time.bias)
+        notes.append(
+            f"what reads captions starts anew, as they came as text.kind {before.text.kind!r} and now come as "
+            f"{config.text.kind!r}"
+        )
     carry_over(network, Start(start.folder, before, state), KIND, fresh=[*fresh, *kept], left=left)
     return f"from {start.folder}: {'; '.join(notes)}" if notes else None
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from decoder import Decoder, DecoderConfig
+from decoder.config import GlideText
 from decoder.sampling import KIND
 from decoder.train import start_from
 from unclip.bundle import save_part
@@ -50,3 +51,37 @@ def test_another_shape_is_refused(tmp_path: Path) -> None:
     saved(tiny("v", width=16), tmp_path / "part")
     with pytest.raises(UnclipError, match="do not fit"):
         start_from(Decoder(tiny("v")), tmp_path / "part")
+
+
+READS_CAPTIONS = ("text_", "null_text", "last_token_to_time.")
+GLIDE = GlideText(vocab_size=9, length=5, width=8, depth=1, heads=2)
+
+
+@pytest.mark.parametrize("embedding_to_time", [False, True])
+@pytest.mark.parametrize("to_glide", [True, False])
+def test_captions_in_another_form_start_what_reads_them_anew(
+    tmp_path: Path, to_glide: bool, embedding_to_time: bool
+) -> None:
+    clip = tiny("v").model_copy(update={"text_embedding_to_time": embedding_to_time})
+    glide = clip.model_copy(update={"text": GLIDE})
+    before, after = (clip, glide) if to_glide else (glide, clip)
+    state = saved(before, tmp_path / "part")
+    network = Decoder(after)
+    fresh = {name: value.clone() for name, value in network.state_dict().items()}
+    note = start_from(network, tmp_path / "part")
+    assert note is not None and "what reads captions starts anew" in note and f"{before.text.kind!r}" in note
+    kept = ("text_embedding_to_time.", "null_text_embedding")
+    for name, value in network.state_dict().items():
+        if name.startswith(kept) or not name.startswith(READS_CAPTIONS):
+            assert torch.equal(value, state[name]), name
+        elif name.startswith("last_token_to_time."):
+            assert not value.any()
+        else:
+            assert torch.equal(value, fresh[name]), name
+
+
+def test_a_text_transformer_of_another_size_is_refused(tmp_path: Path) -> None:
+    saved(tiny("v").model_copy(update={"text": GLIDE}), tmp_path / "part")
+    other = tiny("v").model_copy(update={"text": GLIDE.model_copy(update={"length": 4})})
+    with pytest.raises(UnclipError, match=r"text_transformer\.positions is \(5, 8\) there and \(4, 8\) here"):
+        start_from(Decoder(other), tmp_path / "part")
