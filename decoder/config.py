@@ -81,6 +81,12 @@ class DecoderConfig(Config):
         "network "
         "where things are, which it would otherwise have to carry through global tokens; fixes the image size",
     )
+    embedding_hidden: int = Field(
+        0,
+        ge=0,
+        description="width of a hidden layer whose features of the image embedding go wherever the embedding goes: a "
+        "CLIP says in products, not in sums, which of several things stands where; 0 is none",
+    )
     embedding_noise: float = Field(
         0.0,
         ge=0,

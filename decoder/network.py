@@ -62,6 +62,13 @@ class Decoder(nn.Module):
         self.seed = (
             nn.Linear(dim, self.unet.bottom_channels * self.unet.bottom_size**2) if config.spatial_seed else None
         )
+        if config.embedding_hidden:
+            hidden = config.embedding_hidden
+            self.embedding_features = nn.Sequential(nn.Linear(dim, hidden), nn.GELU())
+            self.features_to_time = zeroed(nn.Linear(hidden, time_dim))
+            self.features_to_tokens = zeroed(nn.Linear(hidden, self.embedding_to_tokens.out_features))
+            if self.seed is not None:
+                self.features_to_seed = zeroed(nn.Linear(hidden, self.seed.out_features))
         if config.embedding_noise_levels:
             width = config.unet.model_channels
             self.noise_level_to_time = nn.Sequential(
@@ -162,7 +169,10 @@ class Decoder(nn.Module):
         embedding = torch.where(
             drop_embedding[:, None], self.null_embedding.to(image_embedding.dtype), self._scaled(image_embedding)
         )
+        features = self.embedding_features(embedding) if self.config.embedding_hidden else None
         time = self.embedding_to_time(embedding)
+        if features is not None:
+            time = time + self.features_to_time(features)
         text_context, mask, summary = self._caption(text_tokens, text_mask, drop_text)
         if summary is not None:
             time = time + summary
@@ -179,11 +189,15 @@ class Decoder(nn.Module):
             level = timestep_embedding(noise_level, self.config.unet.model_channels).to(time.dtype)
             # What is said of an embedding that is not there says nothing.
             time = time + self.noise_level_to_time(level) * ~drop_embedding[:, None]
-        context, mask = self._context(text_context, mask, embedding)
-        seed = None
+        image_tokens, seed = self.embedding_to_tokens(embedding), None
+        if features is not None:
+            image_tokens = image_tokens + self.features_to_tokens(features)
+        context, mask = self._context(text_context, mask, image_tokens)
         if self.seed is not None:
-            size = self.unet.bottom_size
-            seed = self.seed(embedding).unflatten(1, (-1, size, size))
+            seed, size = self.seed(embedding), self.unet.bottom_size
+            if features is not None:
+                seed = seed + self.features_to_seed(features)
+            seed = seed.unflatten(1, (-1, size, size))
         return ReadCondition(time, context, mask, seed)
 
     def _caption(self, tokens: Tensor, mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -199,10 +213,10 @@ class Decoder(nn.Module):
             mask = mask | drop[:, None]
         return self.text_norm(self.text_to_tokens(tokens)), mask, None
 
-    def _context(self, text: Tensor, mask: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """The caption's context tokens (B, L, C) and the image embedding's, in the order that is wanted."""
+    def _context(self, text: Tensor, mask: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The caption's context tokens (B, L, C) and the image's (B, count·C), in the order that is wanted."""
         count = self.config.image_tokens
-        image = self.embedding_to_tokens(embedding).to(text.dtype)
+        image = image.to(text.dtype)
         if self.config.image_tokens_interleaved:
             image = image.unflatten(1, (-1, count)).transpose(1, 2)  # (B, tokens, C)
         else:

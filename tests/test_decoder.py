@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_decoder import CONTEXT, DIM, LENGTH, TOKEN, Spy, rand, randomised, text, unit
 from torch import Tensor
+from torch.nn import functional
 
 from decoder import Decoder, DecoderConfig, DecoderStage, decoder_loss
 from decoder.objective import noised_embedding
@@ -99,9 +100,10 @@ def test_padding_has_no_effect_and_words_have() -> None:
     assert not torch.allclose(base, decoder(**{**given, "text_tokens": words}), atol=1e-3)
 
 
+@pytest.mark.parametrize("hidden", [0, 5])
 @pytest.mark.parametrize("dropped, kept", [("embedding", "text"), ("text", "embedding")])
-def test_what_is_dropped_leaves_no_trace(dropped: str, kept: str) -> None:
-    decoder, given = network(), inputs()
+def test_what_is_dropped_leaves_no_trace(dropped: str, kept: str, hidden: int) -> None:
+    decoder, given = network(embedding_hidden=hidden), inputs()
     given[f"drop_{dropped}"] = torch.tensor([True, False])
     base = decoder(**given)
     other = {
@@ -135,6 +137,27 @@ def test_spatial_seed_adds_a_map_of_the_embedding_at_the_bottom() -> None:
     decoder(**{**given, "drop_embedding": torch.ones(2, dtype=torch.bool)})
     assert torch.allclose(spy.last[5][0], spy.last[5][1])  # the null's map
     assert network().seed is None
+
+
+def test_a_hidden_layer_speaks_wherever_the_embedding_does() -> None:
+    decoder, given = network(spatial_seed=True, embedding_hidden=5), inputs()
+    spy = UNetSpy(decoder)
+    z = given["image_embedding"] * DIM**0.5
+    features = functional.gelu(decoder.embedding_features[0](z))
+    decoder(**given)
+    _, _, time, context, _, bottom = spy.last
+    expected = decoder.embedding_to_time(z) + decoder.features_to_time(features)
+    assert torch.allclose(time, expected, atol=1e-5)
+    tokens = decoder.embedding_to_tokens(z) + decoder.features_to_tokens(features)
+    assert torch.allclose(context[:, LENGTH:].flatten(1), tokens, atol=1e-5)
+    assert decoder.seed is not None
+    assert torch.allclose(bottom.flatten(1), decoder.seed(z) + decoder.features_to_seed(features), atol=1e-5)
+
+
+def test_a_hidden_layer_begins_with_nothing_to_say() -> None:
+    plain, hidden = network(spatial_seed=True), Decoder(config(spatial_seed=True, embedding_hidden=7))
+    hidden.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plain(**inputs()), hidden(**inputs()))
 
 
 @pytest.mark.parametrize("variance, channels", [("fixed_small", 3), ("learned_range", 6)])

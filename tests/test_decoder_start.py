@@ -85,3 +85,17 @@ def test_a_text_transformer_of_another_size_is_refused(tmp_path: Path) -> None:
     other = tiny("v").model_copy(update={"text": GLIDE.model_copy(update={"length": 4})})
     with pytest.raises(UnclipError, match=r"text_transformer\.positions is \(5, 8\) there and \(4, 8\) here"):
         start_from(Decoder(other), tmp_path / "part")
+
+
+def test_a_hidden_layer_that_reads_the_embedding_may_be_new(tmp_path: Path) -> None:
+    state = saved(tiny("v"), tmp_path / "part")
+    network = Decoder(tiny("v").model_copy(update={"embedding_hidden": 6}))
+    assert start_from(network, tmp_path / "part") is None
+    fresh = {name for name in network.state_dict() if name not in state}
+    assert fresh == {
+        f"{part}.{kind}"
+        for part in ("embedding_features.0", "features_to_time", "features_to_tokens")
+        for kind in ("weight", "bias")
+    }
+    assert not network.features_to_time.weight.any() and not network.features_to_tokens.weight.any()
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in state.items())
