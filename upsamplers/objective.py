@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,8 @@ from unclip.diffusion import GaussianDiffusion, noise_augment, sample_levels
 from unclip.diffusion.guidance import Network
 from upsamplers.bsrgan import degrade_seeded
 from upsamplers.config import BSRGANConfig, UpsamplerConfig
-from upsamplers.corruption import corrupt, draw_seeds
+from upsamplers.corruption import corrupt, corrupt_seeded, draw_seeds
+from upsamplers.corruption_config import NoCorruptionConfig
 from upsamplers.filters import uniform
 
 
@@ -36,10 +37,11 @@ def upsampler_loss(
 
     `batch["image"]` (B, 3, S, S) in [-1, 1] are crops of high-resolution images, S divisible by the factor; `pair`
     makes of them what the network sees, with the `autoencoder` of one in latents. Where `batch["has_low"]` (B,), it
-    sees `batch["low"]` (B, 3, S/factor, S/factor) as it is, such as the decoder's own picture. Otherwise as
-    `pair_loss`.
+    sees `batch["low"]` (B, 3, S/factor, S/factor) as it is, such as the decoder's own picture; elsewhere
+    `batch["condition"]`, if `add_condition` has made it. Otherwise as `pair_loss`.
     """
-    x_start, low_res = pair(batch["image"], config, generator, autoencoder, batch.get("low"), batch.get("has_low"))
+    given = (batch.get(name) for name in ("low", "has_low", "condition"))
+    x_start, low_res = pair(batch["image"], config, generator, autoencoder, *given)
     return pair_loss(network, process, config, x_start, low_res, generator, last_step_share)
 
 
@@ -50,12 +52,13 @@ def pair(
     autoencoder: Encoder | None = None,
     low: Tensor | None = None,
     has_low: Tensor | None = None,
+    condition: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """High-resolution images (B, 3, S, S) in [-1, 1] -> x_0, themselves or their latents, and the condition: made from
-    them by an antialiased reduction and the configured corruption, or given as `low` (B, 3, S/factor, S/factor) where
-    `has_low` (B,); as an image or encoded in its turn.
+    them by an antialiased reduction and the configured corruption (`condition`, if that was done before), or given as
+    `low` (B, 3, S/factor, S/factor) where `has_low` (B,); as an image or encoded in its turn.
     """
-    low_res = make_condition(images, config, generator)
+    low_res = make_condition(images, config, generator) if condition is None else condition
     if low is not None and has_low is not None:
         low_res = torch.where(has_low[:, None, None, None], low.to(low_res), low_res)
     if autoencoder is None:
@@ -95,16 +98,38 @@ def pair_loss(
 
 def make_condition(images: Tensor, config: UpsamplerConfig, generator: torch.Generator) -> Tensor:
     """High-resolution images (B, 3, H, W) -> corrupted conditions (B, 3, H/factor, W/factor) in [-1, 1]."""
+    if not isinstance(config.corruption, BSRGANConfig):
+        return corrupt(downsample(images, config), config.corruption, generator)
+    return make_condition_seeded(images, config, draw_seeds(len(images), generator))
+
+
+def make_condition_seeded(images: Tensor, config: UpsamplerConfig, seeds: Sequence[int]) -> Tensor:
+    """As `make_condition`, with one seed an image: a seed gives the same corruption in any batch."""
     corruption = config.corruption
+    if isinstance(corruption, NoCorruptionConfig):
+        return downsample(images, config)
     if not isinstance(corruption, BSRGANConfig):
-        return corrupt(downsample(images, config), corruption, generator)
+        return corrupt_seeded(downsample(images, config), corruption, seeds)
     results = []
-    for image, seed in zip(images.split(1), draw_seeds(len(images), generator), strict=True):
+    for image, seed in zip(images.split(1), seeds, strict=True):
         degraded = uniform(torch.Generator().manual_seed(seed)) < corruption.probability
         results.append(
             degrade_seeded(image, config.factor, corruption, [seed + 1]) if degraded else downsample(image, config)
         )
     return torch.cat(results)
+
+
+def add_condition(batch: Mapping[str, Any], seeds: Sequence[int], *, config: UpsamplerConfig) -> Any:
+    """For `unclip.data.build_batches`: `condition` (B, 3, S/factor, S/factor), zeros where the batch has a `low` of the
+    sample. A corruption of many steps takes tens of milliseconds an image, which are better spent beside the training.
+    """
+    images = batch["image"]
+    wanted = ~batch["has_low"] if "has_low" in batch else torch.ones(len(images), dtype=torch.bool)
+    chosen = [seed for seed, one in zip(seeds, wanted.tolist(), strict=True) if one]
+    condition = images.new_zeros((*images.shape[:2], *(edge // config.factor for edge in images.shape[2:])))
+    if chosen:
+        condition[wanted] = make_condition_seeded(images[wanted], config, chosen)
+    return {"condition": condition}
 
 
 def downsample(images: Tensor, config: UpsamplerConfig) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,17 @@ from unclip.training import Distributed, fit, open_batches
 from unclip.training.finetune import Tuning
 from unclip.training.previews import captioned_grid, fixed_batch
 from unclip.training.start import Reader, tell
-from upsamplers.config import UpsamplerRunConfig
+from upsamplers.config import UpsamplerConfig, UpsamplerRunConfig
+from upsamplers.corruption_config import BlurConfig, NoCorruptionConfig
 from upsamplers.network import Upsampler
-from upsamplers.objective import downsample, upsampler_loss
+from upsamplers.objective import add_condition, downsample, upsampler_loss
 from upsamplers.sampling import KIND, UpsamplerStage
 from upsamplers.start import begin_from, start_from, with_start
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from unclip.data import Complete
 
 __all__ = ["run", "start_from"]
 
@@ -47,7 +51,7 @@ def run(config: UpsamplerRunConfig, distributed: Distributed, foreign: Reader | 
     _freeze(network, config)
     tuning = Tuning(network, train, KIND, config.model)
     process = GaussianDiffusion(config.model.diffusion)
-    batches = open_batches(config.data, train, distributed)
+    batches = open_batches(config.data, train, distributed, _ahead(config.model))
     latent = config.model.latent
     autoencoder = None if latent is None else open_autoencoder(latent, distributed.device)
 
@@ -59,6 +63,13 @@ def run(config: UpsamplerRunConfig, distributed: Distributed, foreign: Reader | 
 
     sample = _preview(config) if train.sample_every and distributed.rank == 0 else None
     return fit(network, loss_fn, batches, train, run_config=config, export=tuning.exporting(export), sample=sample)
+
+
+def _ahead(model: UpsamplerConfig) -> Complete | None:
+    """What is done to batches in the background: corruptions that go image by image through many steps."""
+    if isinstance(model.corruption, (NoCorruptionConfig, BlurConfig)):
+        return None
+    return partial(add_condition, config=model)
 
 
 def _with_facts(config: UpsamplerRunConfig) -> UpsamplerRunConfig:

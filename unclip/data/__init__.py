@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from unclip.lazy import attach
 
 if TYPE_CHECKING:
-    from unclip.data.batches import Batch, Batches, build_batches
+    from unclip.data.batches import Batch, Batches, Complete, build_batches
     from unclip.data.images import ImageError, decode_image, load_image, make_grid, to_pil, to_tensor
     from unclip.data.tally import Tally
 
 __all__ = [
     "Batch",
     "Batches",
+    "Complete",
     "ImageError",
     "Tally",
     "build_batches",
@@ -30,7 +31,7 @@ __all__ = [
 __getattr__, __dir__ = attach(
     __name__,
     {
-        "unclip.data.batches": ["Batch", "Batches", "build_batches"],
+        "unclip.data.batches": ["Batch", "Batches", "Complete", "build_batches"],
         "unclip.data.images": ["ImageError", "decode_image", "load_image", "make_grid", "to_pil", "to_tensor"],
         "unclip.data.tally": ["Tally"],
     },

@@ -14,27 +14,35 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from unclip.config import DataConfig
-from unclip.data.making import Batch, Maker
+from unclip.data.making import Batch, Complete, Maker
 from unclip.data.tally import Tally
 from unclip.errors import UsageError
 
-__all__ = ["Batch", "Batches", "build_batches"]
+__all__ = ["Batch", "Batches", "Complete", "build_batches"]
 
 State = dict[str, Any]
 
 
 def build_batches(
-    config: DataConfig, *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
+    config: DataConfig,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    complete: Complete | None = None,
 ) -> Batches:
     """Open the source of `config` and return this process's share of it, `batch_size` samples at a time.
 
+    `complete(batch, seeds)` gives what a stage wants added to each, from one seed a sample; it is called where batches
+    are made, and must be picklable where that is in worker processes.
     Raises UnclipError: no such source, an empty one, a missing column, nothing in it that can be decoded.
     """
     if batch_size < 1 or not 0 <= rank < world_size:
         raise UsageError(
             f"expected batch_size ≥ 1 and 0 ≤ rank < world_size, got {batch_size}, {rank}, {world_size}"
         )
-    return Batches(config, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
+    return Batches(config, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, complete=complete)
 
 
 class Batches:
@@ -44,16 +52,26 @@ class Batches:
     `state_dict` describes the point after the last batch that was returned; each rank saves its own.
     """
 
-    def __init__(self, config: DataConfig, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        complete: Complete | None = None,
+    ) -> None:
         self._rank, self._world_size, self._per_rank = rank, world_size, max(1, config.workers)
         parts = self._per_rank * world_size
         self._preparer: Any
         if config.workers:
             from unclip.data.workers import InProcesses
 
-            self._preparer = InProcesses(config, batch_size, rank, world_size, seed)
+            self._preparer = InProcesses(config, batch_size, rank, world_size, seed, complete)
         else:
-            self._preparer = _InThread(Maker(config, batch_size, rank, parts, seed), config.prefetch)
+            maker = Maker(config, batch_size, rank, parts, seed, complete=complete)
+            self._preparer = _InThread(maker, config.prefetch)
         self._states: list[State] = self._preparer.initial_states()
         self._turn = 0  # the worker whose batch comes next
 

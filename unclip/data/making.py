@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
@@ -38,7 +38,7 @@ class Batch(TypedDict, total=False):
     With data.plain, `plain` (B, 3, S, S) is the image before augment and restyle where `has_plain` (B,) is true, and
     `image` itself where the sample's source has plain: false.
     With data.low_column, `low` (B, 3, s, s) in [-1, 1] is the low-resolution picture of the same crop, zeros where
-    `has_low` (B,) says that the sample has none.
+    `has_low` (B,) says that the sample has none. `condition` is what a stage's `Complete` made.
     """
 
     image: Tensor
@@ -46,11 +46,16 @@ class Batch(TypedDict, total=False):
     has_plain: Tensor
     low: Tensor
     has_low: Tensor
+    condition: Tensor
     caption: list[str]
     image_embedding: Tensor
     text_embedding: Tensor
     tokens: Tensor
     mask: Tensor
+
+
+Complete = Callable[[Batch, Sequence[int]], Batch]
+"""What a stage adds to a batch of which every sample has a seed of its own, where it is made: in the background."""
 
 
 class Maker:
@@ -64,8 +69,10 @@ class Maker:
         parts: int,
         seed: int,
         sources: list[Rows | Shards] | None = None,
+        complete: Complete | None = None,
     ) -> None:
         self.tally = Tally()
+        self._complete = complete
         self._config = config
         self._each = [one for one, _ in config.each()]
         self._batch_size = batch_size
@@ -129,6 +136,8 @@ class Maker:
                     batch["plain"] = torch.where(batch["has_plain"][:, None, None, None], kept, batch["image"])
         for name in features[0] if features else ():
             batch[name] = torch.from_numpy(np.stack([one[name] for one in features]))  # type: ignore[literal-required]
+        if self._complete is not None:
+            batch |= self._complete(batch, [int(rng.integers(2**63 - 1)) for rng in rngs])
         return batch, self.state_dict()
 
     def _decode(self, samples: list[Sample]) -> list[_Decoded | ImageError | Unwanted]:

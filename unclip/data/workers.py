@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
 from unclip.config import DataConfig
-from unclip.data.making import Batch, Maker, open_sources
+from unclip.data.making import Batch, Complete, Maker, open_sources
 from unclip.data.tally import Tally
 from unclip.errors import UnclipError
 
@@ -22,8 +22,16 @@ State = dict[str, Any]
 class InProcesses:
     """Rank `rank`'s batches from `config.workers` processes; worker w makes part `rank * workers + w`."""
 
-    def __init__(self, config: DataConfig, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        self._config, self._batch_size = config, batch_size
+    def __init__(
+        self,
+        config: DataConfig,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        complete: Complete | None = None,
+    ) -> None:
+        self._config, self._batch_size, self._complete = config, batch_size, complete
         self._first, self._parts, self._seed = rank * config.workers, world_size * config.workers, seed
         # Opened here too, so that a source that is missing is said at once, and once.
         self._sources = open_sources(config, Tally())
@@ -63,7 +71,8 @@ class InProcesses:
         return Maker(self._config, self._batch_size, self._first + worker, self._parts, self._seed, self._sources)
 
     def _begin(self) -> Iterator[Any]:
-        share = _Share(self._config, self._batch_size, self._first, self._parts, self._seed, self._start)
+        where = (self._first, self._parts, self._seed)
+        share = _Share(self._config, self._batch_size, *where, self._start, self._complete)
         loader: DataLoader[Any] = DataLoader(
             share,
             batch_size=None,
@@ -84,10 +93,17 @@ class _Share(IterableDataset[Any]):
     """In worker w: (error or None, batch, state), for ever."""
 
     def __init__(
-        self, config: DataConfig, batch_size: int, first: int, parts: int, seed: int, start: _Start | None
+        self,
+        config: DataConfig,
+        batch_size: int,
+        first: int,
+        parts: int,
+        seed: int,
+        start: _Start | None,
+        complete: Complete | None,
     ) -> None:
         self.config, self.batch_size, self.first, self.parts, self.seed = config, batch_size, first, parts, seed
-        self.start = start
+        self.start, self.complete = start, complete
 
     def __iter__(self) -> Iterator[tuple[str | None, Batch, State]]:
         info = get_worker_info()
@@ -97,7 +113,8 @@ class _Share(IterableDataset[Any]):
         # `datasets` would divide the shards among the workers once more.
         torch_worker._worker_info = None
         try:
-            maker = Maker(self.config, self.batch_size, self.first + worker, self.parts, self.seed)
+            part = self.first + worker
+            maker = Maker(self.config, self.batch_size, part, self.parts, self.seed, complete=self.complete)
             if self.start is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # said by the training process

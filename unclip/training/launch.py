@@ -19,7 +19,7 @@ from unclip.notices import in_lines
 from unclip.training.settings import deepspeed_config, settle
 
 if TYPE_CHECKING:
-    from unclip.data import Batches
+    from unclip.data import Batches, Complete
     from unclip.training.distributed import Distributed
 
 
@@ -83,8 +83,10 @@ def _terminated(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signal.SIGTERM)
 
 
-def open_batches(data: DataConfig, train: TrainConfig, distributed: Distributed) -> Batches:
-    """This process's share of the training data."""
+def open_batches(
+    data: DataConfig, train: TrainConfig, distributed: Distributed, complete: Complete | None = None
+) -> Batches:
+    """This process's share of the training data; `complete` as `unclip.data.build_batches` takes it."""
     from unclip.data import build_batches
     from unclip.training.engine import micro_batch_size
 
@@ -94,4 +96,5 @@ def open_batches(data: DataConfig, train: TrainConfig, distributed: Distributed)
         rank=distributed.rank,
         world_size=distributed.world_size,
         seed=train.seed,
+        complete=complete,
     )
