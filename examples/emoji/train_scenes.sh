@@ -1,37 +1,55 @@
 #!/usr/bin/env bash
-# The bundled model goes on to scenes of a few things. Started again, it goes on where it was stopped.
+# The model of train.sh goes on to scenes of a few things. Started again, it goes on where it was stopped.
 #   SOURCE=my/noto-emoji examples/emoji/train_scenes.sh
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 DATA=${DATA:-data}                # the rendered data sets; two of them are train.sh's
 RUNS=${RUNS:-runs/emoji_scenes}   # run folders
+START=${START:-runs/emoji/model}  # the model to begin with
 OUT=${OUT:-$RUNS/model}           # the finished model
 
 python examples/emoji/prepare.py --source "$SOURCE" --size 256 --captions natural --out "$DATA/emoji_natural"
 python examples/emoji/prepare.py --source "$SOURCE" --size 1024 --out "$DATA/emoji_1024" \
     --names examples/emoji/familiar.txt
-scenes=(python examples/emoji/scenes.py --source "$SOURCE" --names examples/emoji/scene_things.txt --tidy)
-"${scenes[@]}" --out "$DATA/emoji_scenes_alike" --count 60000 --alike 8
-"${scenes[@]}" --out "$DATA/emoji_scenes" --count 100000
+render() { # THINGS OUT COUNT ...
+    python examples/emoji/scenes.py --source "$SOURCE" --names "examples/emoji/$1" --tidy --out "$DATA/$2" --count "$3" "${@:4}"
+}
+render scene_things.txt emoji_scenes_alike 60000 --alike 8
+render scene_things.txt emoji_scenes 200000
+render scene_things_many.txt emoji_scenes_many_alike 60000 --alike 8 --seed 1
+render scene_things_many.txt emoji_scenes_many 100000
 
-# Both towers of the CLIP learn scenes, first by families alone, then with others among them; prior and decoder follow.
-single="{source: $DATA/emoji_natural, weight: 3, restyle: 0.4}"
-families="{source: $DATA/emoji_scenes_alike, weight: 3, streaming: true, cache: false, plain: false}"
-others="{source: $DATA/emoji_scenes, weight: 4, streaming: true, cache: false, plain: false}"
-streamed="source: $DATA/emoji_scenes, streaming: true, cache: false"
-clip=$RUNS/clip_more/model
-stage train_clip.py --config configs/clip/emoji_scenes.yaml train.run_dir="$RUNS/clip" data.sources="[$single, $families]"
+# Both towers of the CLIP learn scenes: by families alone, with others among them, and with more things.
+single="source: $DATA/emoji_natural, restyle: 0.4"
+streamed="streaming: true, cache: false"
+scene() { printf '{source: %s, weight: %s, %s, plain: false}' "$DATA/emoji_scenes$1" "$2" "$streamed"; }
+stage train_clip.py --config configs/clip/emoji_scenes.yaml init_from="$START" train.run_dir="$RUNS/clip" \
+    data.sources="[{$single, weight: 1}, $(scene _alike 1)]"
 stage train_clip.py --config configs/clip/emoji_scenes_more.yaml init_from="$RUNS/clip/model" \
-    train.run_dir="$RUNS/clip_more" data.sources="[$single, $families, $others]"
-stage train_prior.py --config configs/prior/emoji_scenes.yaml clip="$clip" train.run_dir="$RUNS/prior" \
-    data.sources="[{source: $DATA/emoji_natural, weight: 1}, {$streamed, weight: 1}]"
-every="{source: $DATA/emoji_natural, weight: 3, restyle: 0.3}, {source: $DATA/emoji_1024, weight: 1, restyle: 0.3}"
-stage train_decoder.py --config configs/decoder/emoji_64_scenes.yaml clip="$clip" train.run_dir="$RUNS/decoder" \
-    data.sources="[$every, {$streamed, weight: 6}]"
+    train.run_dir="$RUNS/clip_more" data.sources="[{$single, weight: 3}, $(scene _alike 3), $(scene "" 4)]"
+stage train_clip.py --config configs/clip/emoji_scenes_more.yaml init_from="$RUNS/clip_more/model" \
+    train.run_dir="$RUNS/clip_many" train.steps=750 train.seed=9 train.optimizer.lr=1.0e-3 \
+    data.sources="[{$single, weight: 4}, $(scene _alike 1), $(scene "" 1), $(scene _many_alike 2), $(scene _many 2)]"
 
-unclip bundle --overwrite --name emoji-scenes --license Apache-2.0 --clip "$clip" --prior "$RUNS/prior/model" \
-    --decoder "$RUNS/decoder/model" --upsampler-256 unclip/models/emoji/upsampler_256 \
-    --upsampler-1024 unclip/models/emoji/upsampler_1024 --out "$OUT"
+# Prior and decoder follow, in two stretches each: the second on the CLIP that knows more things.
+scenes="source: $DATA/emoji_scenes, $streamed"
+prior() { # RUN CLIP ...
+    stage train_prior.py --config configs/prior/emoji_scenes.yaml train.run_dir="$RUNS/$1" clip="$RUNS/$2/model" \
+        data.sources="[{source: $DATA/emoji_natural, weight: 1}, {$scenes, weight: 1}]" "${@:3}"
+}
+decoder() { # RUN CLIP ...
+    local every="{source: $DATA/emoji_natural, weight: 3, restyle: 0.3}, {source: $DATA/emoji_1024, weight: 1, restyle: 0.3}"
+    stage train_decoder.py --config configs/decoder/emoji_64_scenes.yaml train.run_dir="$RUNS/$1" clip="$RUNS/$2/model" \
+        data.sources="[$every, {$scenes, weight: 6}]" "${@:3}"
+}
+prior prior clip_more init_from="$START"
+prior prior_more clip_many init_from="$RUNS/prior/model" train.steps=1700 train.precision=bfloat16
+decoder decoder clip_more init_from="$START"
+decoder decoder_more clip_many init_from="$RUNS/decoder/model" model.embedding_hidden=768 train.steps=2300 train.seed=14
+
+unclip bundle --overwrite --name emoji-scenes --license Apache-2.0 --clip "$RUNS/clip_many/model" --prior "$RUNS/prior_more/model" \
+    --decoder "$RUNS/decoder_more/model" --upsampler-256 "$START/upsampler_256" \
+    --upsampler-1024 "$START/upsampler_1024" --out "$OUT"
 python examples/emoji/measure.py --data "$DATA/emoji_natural" --source "$SOURCE" --model "$OUT" \
     --figures scenes names phrasings variations --out "$RUNS/figures"
