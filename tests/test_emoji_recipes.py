@@ -1,4 +1,4 @@
-"""The recipes of the bundled model as scripts: every command of theirs could be run, on what commands before it made."""
+"""The recipes of the bundled model as scripts: every command could be run, on what commands before it made."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ STUBS = """
 note() { printf '%s\\x1f' "$@" >> "$LOG"; printf '\\n' >> "$LOG"; }
 made() {
     for word in "$@"; do
-        case $word in train.run_dir=*) mkdir -p "${word#*=}/model"; touch "${word#*=}/model/open_clip_config.json";; esac
+        case $word in train.run_dir=*)
+            mkdir -p "${word#*=}/model"
+            touch "${word#*=}/model/open_clip_config.json" ;;
+        esac
         [ "${before:-}" != --out ] || mkdir -p "$word"
         before=$word
     done
