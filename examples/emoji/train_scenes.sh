@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The model of train.sh goes on to scenes of a few things. Started again, it goes on where it was stopped.
+# The bundled model goes on to scenes of a few things. Started again, it goes on where it was stopped.
 #   SOURCE=my/noto-emoji examples/emoji/train_scenes.sh
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 DATA=${DATA:-data}                # the rendered data sets; two of them are train.sh's
 RUNS=${RUNS:-runs/emoji_scenes}   # run folders
-START=${START:-runs/emoji/model}  # the model to begin with
+START=${START:-unclip/models/emoji} # the model to begin with
 OUT=${OUT:-$RUNS/model}           # the finished model
 
 python examples/emoji/prepare.py --source "$SOURCE" --size 256 --captions natural --out "$DATA/emoji_natural"
