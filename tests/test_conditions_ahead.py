@@ -40,7 +40,7 @@ def test_a_samples_corruption_is_its_own() -> None:
         assert torch.equal(again, images) and torch.equal(found, expected)
 
 
-def test_another_epoch_brings_another_corruption_and_a_resumed_run_the_same() -> None:
+def test_another_seed_brings_another_corruption_and_a_resumed_run_the_same() -> None:
     complete = partial(add_condition, config=CONFIG)
     batches = build_batches(DATA, batch_size=4, seed=3, complete=complete)
     next(batches)
