@@ -20,7 +20,7 @@ from unclip.training.start import Reader, Start, carry_over, inherited, open_sta
 # They end in zeros, and change nothing until they have learned.
 _MAY_START_FRESH = ("noise_level_to_time.", "embedding_features.", "features_to_", "unet.refiner.")
 _NULLS = ("null_text", "null_mask", "null_text_embedding")
-_READS_CAPTIONS = ("text_transformer.", "text_to_tokens.", "text_norm.", "last_token_to_time.")
+_READS_CAPTIONS = ("text_transformer.", "text_to_tokens.", "text_norm.", "last_token_to_time.")  # beside the nulls
 
 
 def read_part(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:
@@ -86,9 +86,8 @@ def begin_from(network: Decoder, start: Start) -> str | None:
     left, kept, note = _null_text(network, before, state)
     notes += [note] if note else []
     if before.text.kind != config.text.kind:
-        reads = (*_READS_CAPTIONS, "null_text", "null_mask")
-        left = [*left, *(name for name in state if name.startswith(reads) and name != "null_text_embedding")]
-        fresh += [name for name in own if name.startswith(reads) and name != "null_text_embedding"]
+        left = [*left, *filter(_reads_captions, state)]
+        fresh += filter(_reads_captions, own)
         if network.text_transformer is not None:  # its context is new to the U-Net, and that is change enough
             nn.init.zeros_(network.last_token_to_time.weight)
             nn.init.zeros_(network.last_token_to_time.bias)
@@ -98,6 +97,10 @@ def begin_from(network: Decoder, start: Start) -> str | None:
         )
     carry_over(network, Start(start.folder, before, state), KIND, fresh=[*fresh, *kept], left=left)
     return f"from {start.folder}: {'; '.join(notes)}" if notes else None
+
+
+def _reads_captions(name: str) -> bool:
+    return name.startswith(_READS_CAPTIONS) or name in ("null_text", "null_mask")
 
 
 def _null_text(network: Decoder, before: DecoderConfig, state: dict[str, Tensor]) -> tuple[list[str], list[str], str]:

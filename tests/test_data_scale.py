@@ -12,7 +12,7 @@ import torch
 from helpers_data import build, captions, plain, write_parquet, write_shards, write_tar
 
 from unclip.config import DataConfig, parse_config
-from unclip.data.making import Maker
+from unclip.data.making import Maker, Making
 from unclip.data.select import held_out
 from unclip.data.stream import divide
 from unclip.errors import UnclipError, UsageError
@@ -52,7 +52,7 @@ def _epochs(maker: Maker, count: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("kind", ["tars", "many", "parquet"])
 def test_three_ranks_of_two_workers_read_each_sample_once_an_epoch(sets: dict[str, Path], kind: str) -> None:
-    parts = [_epochs(Maker(_config(sets[kind]), 1, part, 6, seed=1), 3) for part in range(6)]
+    parts = [_epochs(Maker(Making(_config(sets[kind]), 1, 6, seed=1), part), 3) for part in range(6)]
     total = 32
     for epoch in range(3):
         read = [caption for part in parts for caption in part[epoch]]
@@ -80,7 +80,7 @@ def test_other_processes_finish_the_epoch_exactly(sets: dict[str, Path], kind: s
     for parts, batches, seed in ((3, 3, 1), (2, 2, 1), (5, 1, 1)):
         after = []
         for part in range(parts):
-            maker = Maker(config, 1, part, parts, seed)
+            maker = Maker(Making(config, 1, parts, seed), part)
             if states is not None:
                 maker.load_states(states, None)
             state = maker.state_dict()
@@ -93,7 +93,7 @@ def test_other_processes_finish_the_epoch_exactly(sets: dict[str, Path], kind: s
     assert states is not None and sum(read.values()) > 12
     rest: Counter[str] = Counter()
     for part in range(4):
-        maker = Maker(config, 1, part, 4, seed=1)
+        maker = Maker(Making(config, 1, 4, seed=1), part)
         maker.load_states(states, None)
         if streaming:
             rest.update(_epochs(maker, 1)[0])
@@ -112,7 +112,8 @@ def test_other_processes_finish_the_epoch_exactly(sets: dict[str, Path], kind: s
 def test_workers_give_what_the_parts_give_and_resume_exactly(sets: dict[str, Path]) -> None:
     options = {"streaming": True, "shuffle_buffer": 4, "workers": 2, "horizontal_flip": True, "seed": 5}
     batches = build(sets["tars"], batch_size=3, rank=1, world_size=3, **options)
-    parts = [Maker(_config(sets["tars"], shuffle_buffer=4, horizontal_flip=True), 3, 2 + w, 6, 5) for w in range(2)]
+    making = Making(_config(sets["tars"], shuffle_buffer=4, horizontal_flip=True), 3, 6, 5)
+    parts = [Maker(making, 2 + w) for w in range(2)]
     expected = [parts[number % 2].make()[0] for number in range(9)]
     states = []
     for wanted in expected[:5]:

@@ -391,8 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(markdown(report))
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(report, indent=1, ensure_ascii=False)
-        (args.out / "figures.json").write_text(text + "\n", encoding="utf-8")
+        (args.out / "figures.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
         (args.out / "figures.md").write_text(markdown(report), encoding="utf-8")
     return 0
 

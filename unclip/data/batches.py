@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from unclip.config import DataConfig
-from unclip.data.making import Batch, Complete, Maker
+from unclip.data.making import Batch, Complete, Maker, Making
 from unclip.data.tally import Tally
 from unclip.errors import UsageError
 
@@ -42,7 +42,8 @@ def build_batches(
         raise UsageError(
             f"expected batch_size ≥ 1 and 0 ≤ rank < world_size, got {batch_size}, {rank}, {world_size}"
         )
-    return Batches(config, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed, complete=complete)
+    parts = max(1, config.workers) * world_size
+    return Batches(Making(config, batch_size, parts, seed, complete), rank=rank, world_size=world_size)
 
 
 class Batches:
@@ -52,26 +53,16 @@ class Batches:
     `state_dict` describes the point after the last batch that was returned; each rank saves its own.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        complete: Complete | None = None,
-    ) -> None:
+    def __init__(self, making: Making, *, rank: int, world_size: int) -> None:
+        config = making.config
         self._rank, self._world_size, self._per_rank = rank, world_size, max(1, config.workers)
-        parts = self._per_rank * world_size
         self._preparer: Any
         if config.workers:
             from unclip.data.workers import InProcesses
 
-            self._preparer = InProcesses(config, batch_size, rank, world_size, seed, complete)
+            self._preparer = InProcesses(making, rank)
         else:
-            maker = Maker(config, batch_size, rank, parts, seed, complete=complete)
-            self._preparer = _InThread(maker, config.prefetch)
+            self._preparer = _InThread(Maker(making, rank), config.prefetch)
         self._states: list[State] = self._preparer.initial_states()
         self._turn = 0  # the worker whose batch comes next
 

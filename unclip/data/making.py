@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import numpy as np
@@ -58,24 +59,27 @@ Complete = Callable[[Batch, Sequence[int]], Batch]
 """What a stage adds to a batch of which every sample has a seed of its own, where it is made: in the background."""
 
 
+@dataclass(frozen=True)
+class Making:
+    """What all parts of a run make their batches of; `parts` are the workers of all ranks."""
+
+    config: DataConfig
+    batch_size: int
+    parts: int
+    seed: int
+    complete: Complete | None = None
+
+
 class Maker:
     """Makes the batches of one part: one worker of one rank. `sources` are the opened ones, where there are some."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        batch_size: int,
-        part: int,
-        parts: int,
-        seed: int,
-        sources: list[Rows | Shards] | None = None,
-        complete: Complete | None = None,
-    ) -> None:
+    def __init__(self, making: Making, part: int, sources: list[Rows | Shards] | None = None) -> None:
+        config, parts, seed = making.config, making.parts, making.seed
         self.tally = Tally()
-        self._complete = complete
+        self._complete = making.complete
         self._config = config
         self._each = [one for one, _ in config.each()]
-        self._batch_size = batch_size
+        self._batch_size = making.batch_size
         self._broken_in_a_row = 0
         self._skipped_since: int | None = None  # epoch in which the last usable sample was followed by skipped ones
         if config.has_low and config.low_size is None:

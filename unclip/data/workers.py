@@ -11,8 +11,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
-from unclip.config import DataConfig
-from unclip.data.making import Batch, Complete, Maker, open_sources
+from unclip.data.making import Batch, Maker, Making, open_sources
 from unclip.data.tally import Tally
 from unclip.errors import UnclipError
 
@@ -22,20 +21,12 @@ State = dict[str, Any]
 class InProcesses:
     """Rank `rank`'s batches from `config.workers` processes; worker w makes part `rank * workers + w`."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        complete: Complete | None = None,
-    ) -> None:
-        self._config, self._batch_size, self._complete = config, batch_size, complete
-        self._first, self._parts, self._seed = rank * config.workers, world_size * config.workers, seed
+    def __init__(self, making: Making, rank: int) -> None:
+        self._making, self._config = making, making.config
+        self._first = rank * self._config.workers
         # Opened here too, so that a source that is missing is said at once, and once.
-        self._sources = open_sources(config, Tally())
-        self._initial = [self._maker(worker).state_dict() for worker in range(config.workers)]
+        self._sources = open_sources(self._config, Tally())
+        self._initial = [self._maker(worker).state_dict() for worker in range(self._config.workers)]
         self._start: _Start | None = None
         self._iterator: Iterator[Any] | None = None
 
@@ -68,13 +59,11 @@ class InProcesses:
         return result
 
     def _maker(self, worker: int) -> Maker:
-        return Maker(self._config, self._batch_size, self._first + worker, self._parts, self._seed, self._sources)
+        return Maker(self._making, self._first + worker, self._sources)
 
     def _begin(self) -> Iterator[Any]:
-        where = (self._first, self._parts, self._seed)
-        share = _Share(self._config, self._batch_size, *where, self._start, self._complete)
         loader: DataLoader[Any] = DataLoader(
-            share,
+            _Share(self._making, self._first, self._start),
             batch_size=None,
             num_workers=self._config.workers,
             prefetch_factor=self._config.prefetch,
@@ -92,18 +81,8 @@ class _Start:
 class _Share(IterableDataset[Any]):
     """In worker w: (error or None, batch, state), for ever."""
 
-    def __init__(
-        self,
-        config: DataConfig,
-        batch_size: int,
-        first: int,
-        parts: int,
-        seed: int,
-        start: _Start | None,
-        complete: Complete | None,
-    ) -> None:
-        self.config, self.batch_size, self.first, self.parts, self.seed = config, batch_size, first, parts, seed
-        self.start, self.complete = start, complete
+    def __init__(self, making: Making, first: int, start: _Start | None) -> None:
+        self.making, self.first, self.start = making, first, start
 
     def __iter__(self) -> Iterator[tuple[str | None, Batch, State]]:
         info = get_worker_info()
@@ -113,8 +92,7 @@ class _Share(IterableDataset[Any]):
         # `datasets` would divide the shards among the workers once more.
         torch_worker._worker_info = None
         try:
-            part = self.first + worker
-            maker = Maker(self.config, self.batch_size, part, self.parts, self.seed, complete=self.complete)
+            maker = Maker(self.making, self.first + worker)
             if self.start is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # said by the training process
