@@ -121,7 +121,7 @@ def make_condition_seeded(images: Tensor, config: UpsamplerConfig, seeds: Sequen
 
 def add_condition(batch: Mapping[str, Any], seeds: Sequence[int], *, config: UpsamplerConfig) -> Any:
     """For `unclip.data.build_batches`: `condition` (B, 3, S/factor, S/factor), zeros where the batch has a `low` of the
-    sample. A corruption of many steps takes tens of milliseconds an image, which are better spent beside the training.
+    sample. A corruption of many steps goes image by image, and its time is better spent beside the training.
     """
     images = batch["image"]
     wanted = ~batch["has_low"] if "has_low" in batch else torch.ones(len(images), dtype=torch.bool)
