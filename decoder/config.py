@@ -81,6 +81,12 @@ class DecoderConfig(Config):
         "network "
         "where things are, which it would otherwise have to carry through global tokens; fixes the image size",
     )
+    text_seed: bool = Field(
+        False,
+        description="also let every place of the lowest feature map look through the caption for what belongs there, "
+        "and add what it finds: a small network reads off words which thing stands where long before its other "
+        "attention layers do; fixes the image size",
+    )
     embedding_hidden: int = Field(
         0,
         ge=0,

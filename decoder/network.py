@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decoder.config import DecoderConfig, GlideText
-from decoder.text import TextTransformer, null_text_state
+from decoder.text import TextSeed, TextTransformer, null_text_state
 from unclip.clip import TextFeatures
 from unclip.nn import UNet, timestep_embedding
 from unclip.nn.attention import is_watched
@@ -62,6 +62,10 @@ class Decoder(nn.Module):
         self.seed = (
             nn.Linear(dim, self.unet.bottom_channels * self.unet.bottom_size**2) if config.spatial_seed else None
         )
+        self.text_seed: TextSeed | None = None
+        if config.text_seed:
+            bottom = self.unet.bottom_channels
+            self.text_seed = TextSeed(self.unet.bottom_size, bottom, config.context_dim, config.unet.head_channels)
         if config.embedding_hidden:
             hidden = config.embedding_hidden
             self.embedding_features = nn.Sequential(nn.Linear(dim, hidden), nn.GELU())
@@ -189,16 +193,32 @@ class Decoder(nn.Module):
             level = timestep_embedding(noise_level, self.config.unet.model_channels).to(time.dtype)
             # What is said of an embedding that is not there says nothing.
             time = time + self.noise_level_to_time(level) * ~drop_embedding[:, None]
-        image_tokens, seed = self.embedding_to_tokens(embedding), None
+        image_tokens, seed = self.embedding_to_tokens(embedding), self.embedding_map(embedding, features)
         if features is not None:
             image_tokens = image_tokens + self.features_to_tokens(features)
+        if self.text_seed is not None:
+            said = self.text_seed(text_context, mask)
+            seed = said if seed is None else seed + said
         context, mask = self._context(text_context, mask, image_tokens)
-        if self.seed is not None:
-            seed, size = self.seed(embedding), self.unet.bottom_size
-            if features is not None:
-                seed = seed + self.features_to_seed(features)
-            seed = seed.unflatten(1, (-1, size, size))
         return ReadCondition(time, context, mask, seed)
+
+    def embedding_map(self, embedding: Tensor, features: Tensor | None = None) -> Tensor | None:
+        """What an embedding adds to the lowest feature map: (B, E) of the length that the network reads
+        (`DecoderConfig.scale`), or `null_embedding` -> (B, channels, h, w); None without `spatial_seed`. `features` are
+        its `embedding_features`, where they are known.
+        """
+        if self.seed is None:
+            return None
+        found = self.seed(embedding)
+        if self.config.embedding_hidden:
+            found = found + self.features_to_seed(self.embedding_features(embedding) if features is None else features)
+        size = self.unet.bottom_size
+        return found.unflatten(1, (-1, size, size))  # type: ignore[no-any-return]
+
+    def caption_context(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Context tokens (B, L, C) of captions that are not dropped, and which of them may be seen (B, L)."""
+        context, seen, _ = self._caption(tokens, mask, torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device))
+        return context, seen
 
     def _caption(self, tokens: Tensor, mask: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """-> context tokens (B, L, C), their mask, and what the last token adds to the timestep embedding."""

@@ -18,7 +18,7 @@ from unclip.errors import UnclipError
 from unclip.training.start import Reader, Start, carry_over, inherited, open_start
 
 # They end in zeros, and change nothing until they have learned.
-_MAY_START_FRESH = ("noise_level_to_time.", "embedding_features.", "features_to_", "unet.refiner.")
+_MAY_START_FRESH = ("noise_level_to_time.", "embedding_features.", "features_to_", "text_seed.", "unet.refiner.")
 _NULLS = ("null_text", "null_mask", "null_text_embedding")
 _READS_CAPTIONS = ("text_transformer.", "text_to_tokens.", "text_norm.", "last_token_to_time.")  # beside the nulls
 
@@ -61,8 +61,8 @@ def begin_from(network: Decoder, start: Start) -> str | None:
     thing, while the features below it serve as well. An inpainting decoder may start from one that is none: the
     weights of its additional input channels are zero, so that it begins by painting as the other did (GLIDE, §3.3).
     The same holds for what tells the network the embedding's noise level, for a hidden layer that reads the embedding,
-    and for a refiner. Where captions come in another form (`text.kind`), what reads them starts anew. Where one drops
-    captions by learned rows and the other by the CLIP's features of '', see `_null_text`.
+    for a map of the caption, and for a refiner. Where captions come in another form (`text.kind`), what reads them
+    starts anew. Where one drops captions by learned rows and the other by the CLIP's features of '', see `_null_text`.
     Raises UnclipError: the weights do not fit otherwise.
     """
     before, config, state, own = start.config, network.config, dict(start.state), network.state_dict()

@@ -13,6 +13,7 @@ from decoder.config import DecoderConfig, GlideText, T5Text
 from decoder.t5 import FrozenT5
 from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.errors import UnclipError
+from unclip.nn.blocks import zeroed
 from unclip.nn.embeddings import random_parameter
 
 
@@ -50,6 +51,36 @@ class TextTransformer(nn.Module):
             result: Tensor = checkpoint(self.transformer, x, use_reentrant=False)
             return result
         return self.transformer(x)  # type: ignore[no-any-return]
+
+
+class TextSeed(nn.Module):
+    """A caption as a map for the lowest feature map: a learned query for each place attends to the caption's context
+    tokens, and a feed-forward layer makes features of what it found. Of scenes, this reads which thing stands where off
+    the CLIP's token features, also in combinations that it never met, which no reader finds in the image embedding
+    (docs/bundled-model.md). Ends in zeros.
+    """
+
+    def __init__(self, size: int, channels: int, context_dim: int, head_channels: int) -> None:
+        from unclip.nn.transformers import CrossAttender
+
+        super().__init__()
+        self.size = size
+        self.queries = random_parameter(size * size, channels, std=0.5)
+        self.attender = CrossAttender(
+            dim=channels,
+            depth=1,
+            heads=max(channels // head_channels, 1),
+            attn_dim_head=head_channels,
+            cross_attn_dim_context=context_dim,
+            attn_flash=True,
+        )
+        self.to_map = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, context: Tensor, mask: Tensor) -> Tensor:
+        """context (B, L, C), mask (B, L) bool, True = may be seen -> (B, channels, size, size)."""
+        queries = self.queries.to(context.dtype).expand(len(context), -1, -1)
+        found = self.to_map(self.attender(queries, context=context, context_mask=mask))
+        return found.transpose(1, 2).unflatten(2, (self.size, self.size))
 
 
 class CaptionEncoder:

@@ -11,6 +11,7 @@ from pathlib import Path
 EXAMPLE = Path(__file__).parents[1] / "examples" / "emoji"
 SCRIPTS = (
     "prepare", "nouns", "phrasings", "scene_drawing", "scenes", "check_scenes", "elsewhere", "coloured", "measure",
+    "teach_words",
 )  # fmt: skip
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16">{}</svg>'
 DRAWINGS = [  # (name, group, keywords, what is drawn)

@@ -100,10 +100,10 @@ def test_padding_has_no_effect_and_words_have() -> None:
     assert not torch.allclose(base, decoder(**{**given, "text_tokens": words}), atol=1e-3)
 
 
-@pytest.mark.parametrize("hidden", [0, 5])
+@pytest.mark.parametrize("more", [{}, {"embedding_hidden": 5}, {"text_seed": True}], ids=lambda more: str([*more]))
 @pytest.mark.parametrize("dropped, kept", [("embedding", "text"), ("text", "embedding")])
-def test_what_is_dropped_leaves_no_trace(dropped: str, kept: str, hidden: int) -> None:
-    decoder, given = network(embedding_hidden=hidden), inputs()
+def test_what_is_dropped_leaves_no_trace(dropped: str, kept: str, more: dict[str, Any]) -> None:
+    decoder, given = network(**more), inputs()
     given[f"drop_{dropped}"] = torch.tensor([True, False])
     base = decoder(**given)
     other = {
@@ -154,10 +154,25 @@ def test_a_hidden_layer_speaks_wherever_the_embedding_does() -> None:
     assert torch.allclose(bottom.flatten(1), decoder.seed(z) + decoder.features_to_seed(features), atol=1e-5)
 
 
-def test_a_hidden_layer_begins_with_nothing_to_say() -> None:
-    plain, hidden = network(spatial_seed=True), Decoder(config(spatial_seed=True, embedding_hidden=7))
-    hidden.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(plain(**inputs()), hidden(**inputs()))
+@pytest.mark.parametrize("more", [{"embedding_hidden": 7}, {"text_seed": True}], ids=lambda more: str([*more]))
+@pytest.mark.parametrize("spatial", [False, True])
+def test_what_may_be_new_begins_with_nothing_to_say(more: dict[str, Any], spatial: bool) -> None:
+    plain, longer = network(spatial_seed=spatial), Decoder(config(spatial_seed=spatial, **more))
+    longer.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plain(**inputs()), longer(**inputs()))
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_text_seed_adds_a_map_of_the_caption_at_the_bottom(spatial: bool) -> None:
+    decoder, given = network(text_seed=True, spatial_seed=spatial), inputs()
+    spy = UNetSpy(decoder)
+    decoder(**given)
+    _, _, _, context, mask, bottom = spy.last
+    assert decoder.text_seed is not None and bottom.shape == (2, 32, 4, 4)
+    expected = decoder.text_seed(context[:, :LENGTH], mask[:, :LENGTH])  # of the caption, not of the image's tokens
+    if decoder.seed is not None:
+        expected = expected + decoder.seed(given["image_embedding"] * DIM**0.5).unflatten(1, (32, 4, 4))
+    assert torch.allclose(bottom, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("variance, channels", [("fixed_small", 3), ("learned_range", 6)])

@@ -99,3 +99,12 @@ def test_a_hidden_layer_that_reads_the_embedding_may_be_new(tmp_path: Path) -> N
     }
     assert not network.features_to_time.weight.any() and not network.features_to_tokens.weight.any()
     assert all(torch.equal(network.state_dict()[name], value) for name, value in state.items())
+
+
+def test_what_makes_a_map_of_the_caption_may_be_new(tmp_path: Path) -> None:
+    state = saved(tiny("v"), tmp_path / "part")
+    network = Decoder(tiny("v").model_copy(update={"text_seed": True}))
+    assert start_from(network, tmp_path / "part") is None
+    assert {name.split(".")[0] for name in network.state_dict() if name not in state} == {"text_seed"}
+    assert network.text_seed is not None and not network.text_seed.to_map.weight.any()
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in state.items())

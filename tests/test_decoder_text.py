@@ -16,7 +16,7 @@ from torch import Tensor
 from decoder import CaptionEncoder, Decoder, DecoderConfig
 from decoder.config import GlideText
 from decoder.t5 import FrozenT5
-from decoder.text import TextTransformer, with_text_widths
+from decoder.text import TextSeed, TextTransformer, with_text_widths
 from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.config import parse_config
 from unclip.errors import UnclipError, UsageError
@@ -53,6 +53,59 @@ def ids(count: int = 4) -> TextFeatures:
     mask = torch.arange(6) < torch.arange(3, 3 + count)[:, None]
     drawn = torch.randint(1, 20, (count, 6), generator=torch.Generator().manual_seed(0))
     return TextFeatures(drawn * mask, mask, torch.zeros(count, 0))
+
+
+# ---- a map of the caption ----------------------------------------------------------------------------------
+
+
+def test_text_seed_attends_by_the_formula() -> None:
+    """softmax(q k^T / sqrt(d)) v over the tokens that may be seen, then a feed-forward layer, each added to queries."""
+    seed = TextSeed(2, 16, context_dim=6, head_channels=8).eval().requires_grad_(False)
+    torch.nn.init.normal_(seed.to_map.weight)
+    context, mask = rand(3, 5, 6), torch.tensor([[True] * 5, [True] * 2 + [False] * 3, [False, True] * 2 + [True]])
+    norm_a, attention = seed.attender.layers[0][0][0], seed.attender.layers[0][1]
+    norm_f, feed_forward = seed.attender.layers[1][0][0], seed.attender.layers[1][1]
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (2, 8)).transpose(-3, -2)
+
+    expected = []
+    for tokens, seen in zip(context, mask, strict=True):
+        x = seed.queries
+        q = heads(attention.to_q(norm_a(x)))
+        k, v = (heads(project(tokens[seen])) for project in (attention.to_k, attention.to_v))
+        found = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1) @ v
+        x = x + attention.to_out(found.transpose(0, 1).flatten(1))
+        x = x + feed_forward(norm_f(x))
+        expected.append(seed.to_map(seed.attender.final_norm(x)).T.reshape(16, 2, 2))
+    assert torch.allclose(seed(context, mask), torch.stack(expected), atol=1e-5)
+
+
+def test_text_seed_reads_combinations_that_it_never_met() -> None:
+    """Two of six things, the first above the second; the pairs (i, 5 - i) are kept for the test."""
+    torch.manual_seed(0)
+    things, order, looks = torch.randn(6, 12), torch.randn(2, 12), torch.randn(6, 16)
+    pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    held = pairs.sum(1) == 5
+    seed = TextSeed(2, 16, context_dim=12, head_channels=8)
+    optimizer = torch.optim.Adam(seed.parameters(), lr=3e-3)
+
+    def error(chosen: Tensor) -> Tensor:
+        """Squared distances (N, 4 places, 6 things) of every place's features from every thing's."""
+        drawn = seed(things[chosen] + order, torch.ones(len(chosen), 2, dtype=torch.bool))
+        return (drawn.flatten(2).transpose(1, 2)[:, :, None] - looks).square().mean(-1)
+
+    def shown(chosen: Tensor) -> Tensor:
+        return chosen.repeat_interleave(2, dim=1)  # two places above, two below
+
+    for _ in range(150):
+        loss = error(pairs[~held]).gather(2, shown(pairs[~held])[..., None]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(error(pairs[~held]).argmin(2), shown(pairs[~held]))
+        assert torch.equal(error(pairs[held]).argmin(2), shown(pairs[held]))
 
 
 # ---- a text transformer of its own -------------------------------------------------------------------------

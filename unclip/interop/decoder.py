@@ -115,8 +115,8 @@ def decoder_to_diffusers(
     The stored features of the empty text are left out: diffusers' pipeline encodes "" itself.
     Raises UnclipError: a decoder that they cannot express, or weights that are incomplete.
     """
-    none = {"spatial_seed": False, "embedding_hidden": 0, "inpainting": False, "embedding_noise_levels": 0}
-    wanted = {**_KARLO, **none, "latent": None}
+    none = dict.fromkeys(("spatial_seed", "text_seed", "inpainting"), False)
+    wanted = {**_KARLO, **none, "embedding_hidden": 0, "embedding_noise_levels": 0, "latent": None}
     found = {name: getattr(config, name) for name in wanted}
     problems = [f"{name} is {found[name]!r}" for name, value in wanted.items() if found[name] != value]
     if config.scale != 1:

@@ -7,7 +7,7 @@ import warnings
 with warnings.catch_warnings():
     # It compiles one function by torch.jit.script, which newer releases of PyTorch call deprecated.
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-    from x_transformers import Decoder, Encoder
+    from x_transformers import CrossAttender, Decoder, Encoder
     from x_transformers.x_transformers import Attention, FeedForward, LayerNorm
 
-__all__ = ["Attention", "Decoder", "Encoder", "FeedForward", "LayerNorm"]
+__all__ = ["Attention", "CrossAttender", "Decoder", "Encoder", "FeedForward", "LayerNorm"]
