@@ -75,6 +75,8 @@ pairs+=" {source: $DATA/emoji_natural, weight: 3}, {source: $DATA/emoji_1024, we
 stage train_upsampler.py --config configs/upsampler/emoji_64_to_256_drafts.yaml "$pairs" \
     train.run_dir="$RUNS/upsampler_256_drafts" init_from="$RUNS/upsampler_256/model"
 
-bundle --out "$OUT" --upsampler-256 "$RUNS/upsampler_256_drafts/model" --upsampler-1024 "$RUNS/upsampler_1024/model"
-unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_256" --samples 1550
-python examples/emoji/evaluate.py --data "$DATA/emoji_256" --model "$OUT" --names 0 --sheet "$RUNS/sheet.png"
+# This model draws single emoji on white; CLIP, prior and decoder go on to scenes.
+single=$RUNS/single
+bundle --out "$single" --upsampler-256 "$RUNS/upsampler_256_drafts/model" --upsampler-1024 "$RUNS/upsampler_1024/model"
+export SOURCE PORT DATA OUT
+START="$single" RUNS="$RUNS/scenes" examples/emoji/train_scenes.sh

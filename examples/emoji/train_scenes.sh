@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The bundled model goes on to scenes of a few things. Started again, it goes on where it was stopped.
+# The second half of train.sh, which calls it: a model of single emoji goes on to scenes of a few things.
 #   SOURCE=my/noto-emoji examples/emoji/train_scenes.sh
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 DATA=${DATA:-data}                # the rendered data sets; two of them are train.sh's
-RUNS=${RUNS:-runs/emoji_scenes}   # run folders
-START=${START:-unclip/models/emoji} # the model to begin with
-OUT=${OUT:-$RUNS/model}           # the finished model
+RUNS=${RUNS:-runs/emoji/scenes}   # run folders
+START=${START:-runs/emoji/single} # the model to begin with
+OUT=${OUT:-runs/emoji/model}      # the finished model
 
 python examples/emoji/prepare.py --source "$SOURCE" --size 256 --captions natural --out "$DATA/emoji_natural"
 python examples/emoji/prepare.py --source "$SOURCE" --size 1024 --out "$DATA/emoji_1024" \
@@ -38,18 +38,30 @@ prior() { # RUN CLIP ...
     stage train_prior.py --config configs/prior/emoji_scenes.yaml train.run_dir="$RUNS/$1" clip="$RUNS/$2/model" \
         data.sources="[{source: $DATA/emoji_natural, weight: 1}, {$scenes, weight: 1}]" "${@:3}"
 }
+shares=(3 1 6) # of all emoji, of the familiar ones, of scenes
 decoder() { # RUN CLIP ...
-    local every="{source: $DATA/emoji_natural, weight: 3, restyle: 0.3}, {source: $DATA/emoji_1024, weight: 1, restyle: 0.3}"
+    local every="{source: $DATA/emoji_natural, weight: ${shares[0]}, restyle: 0.3}"
+    local familiar="{source: $DATA/emoji_1024, weight: ${shares[1]}, restyle: 0.3}"
     stage train_decoder.py --config configs/decoder/emoji_64_scenes.yaml train.run_dir="$RUNS/$1" clip="$RUNS/$2/model" \
-        data.sources="[$every, {$scenes, weight: 6}]" "${@:3}"
+        data.sources="[$every, $familiar, {$scenes, weight: ${shares[2]}}]" "${@:3}"
 }
 prior prior clip_more init_from="$START"
 prior prior_more clip_many init_from="$RUNS/prior/model" train.steps=1700 train.precision=bfloat16
 decoder decoder clip_more init_from="$START"
 decoder decoder_more clip_many init_from="$RUNS/decoder/model" model.embedding_hidden=768 train.steps=2300 train.seed=14
 
-unclip bundle --overwrite --name emoji-scenes --license Apache-2.0 --clip "$RUNS/clip_many/model" --prior "$RUNS/prior_more/model" \
-    --decoder "$RUNS/decoder_more/model" --upsampler-256 "$START/upsampler_256" \
-    --upsampler-1024 "$START/upsampler_1024" --out "$OUT"
-python examples/emoji/measure.py --data "$DATA/emoji_natural" --source "$SOURCE" --model "$OUT" \
-    --figures scenes names phrasings variations --out "$RUNS/figures"
+# What no reader finds in an embedding stands in the words: the decoder is taught to read them, and learns to trust them.
+taught=$RUNS/taught
+[ -e "$taught" ] || python examples/emoji/teach_words.py --decoder "$RUNS/decoder_more/model" --clip "$RUNS/clip_many/model" \
+    --data "$DATA/emoji_scenes" --out "$taught"
+decoder decoder_words clip_many init_from="$taught" model.drop_embedding=0.4 model.drop_text=0.2 train.steps=1100 train.seed=17
+shares=(4 1.5 4.5)
+decoder decoder_last clip_many init_from="$RUNS/decoder_words/model" model.drop_embedding=0.3 model.drop_text=0.3 \
+    model.guidance_text=2.0 train.steps=2050 train.seed=18
+
+unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_many/model" --prior "$RUNS/prior_more/model" \
+    --decoder "$RUNS/decoder_last/model" --upsampler-256 "$START/upsampler_256" --upsampler-1024 "$START/upsampler_1024" \
+    --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md --out "$OUT"
+unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_natural" --samples 1550
+python examples/emoji/evaluate.py --data "$DATA/emoji_natural" --model "$OUT" --names 0 --sheet "$RUNS/sheet.png"
+python examples/emoji/measure.py --data "$DATA/emoji_natural" --source "$SOURCE" --model "$OUT" --out "$RUNS/figures"
