@@ -20,7 +20,9 @@ from unclip.training.start import Reader, Start, carry_over, inherited, open_sta
 # They end in zeros, and change nothing until they have learned.
 _MAY_START_FRESH = ("noise_level_to_time.", "embedding_features.", "features_to_", "text_seed.", "unet.refiner.")
 _NULLS = ("null_text", "null_mask", "null_text_embedding")
-_READS_CAPTIONS = ("text_transformer.", "text_to_tokens.", "text_norm.", "last_token_to_time.")  # beside the nulls
+_READS_CAPTIONS = (  # beside the nulls
+    "text_transformer.", "text_to_tokens.", "text_norm.", "last_token_to_time.", "text_seed.",
+)  # fmt: skip
 
 
 def read_part(folder: Path) -> tuple[DecoderConfig, dict[str, Tensor]]:

@@ -57,12 +57,10 @@ READS_CAPTIONS = ("text_", "null_text", "last_token_to_time.")
 GLIDE = GlideText(vocab_size=9, length=5, width=8, depth=1, heads=2)
 
 
-@pytest.mark.parametrize("embedding_to_time", [False, True])
+@pytest.mark.parametrize("more", ["", "text_embedding_to_time", "text_seed"])
 @pytest.mark.parametrize("to_glide", [True, False])
-def test_captions_in_another_form_start_what_reads_them_anew(
-    tmp_path: Path, to_glide: bool, embedding_to_time: bool
-) -> None:
-    clip = tiny("v").model_copy(update={"text_embedding_to_time": embedding_to_time})
+def test_captions_in_another_form_start_what_reads_them_anew(tmp_path: Path, to_glide: bool, more: str) -> None:
+    clip = tiny("v").model_copy(update={more: True} if more else {})
     glide = clip.model_copy(update={"text": GLIDE})
     before, after = (clip, glide) if to_glide else (glide, clip)
     state = saved(before, tmp_path / "part")
