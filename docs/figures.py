@@ -198,6 +198,9 @@ def gallery() -> Image.Image:
 GALLERY = (
     "pizza", "strawberry", "volcano", "penguin", "sailboat", "red apple",
     "fox", "camera", "sunflower", "rocket", "basketball", "owl",
+    "two frogs side by side on a pink background", "a house left of a balloon on a blue background",
+    "a red apple left of a green apple on a white background", "three strawberries in a row on a grey background",
+    "a cactus right of a sunflower on a blue background", "a crown above a cactus on a pink background",
 )  # fmt: skip
 
 FIGURES: dict[str, Callable[[], Image.Image | None]] = {

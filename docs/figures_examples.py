@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def imagic() -> Image.Image:
 
 
 def magic_mix() -> Image.Image:
-    mix, rows = partial(example("editing", "magic_mix").magic_mix, k_min=0.0, k_max=0.1, steps=100), []
+    mix, rows = example("editing", "magic_mix").magic_mix, []
     pairs = (("pizza", "basketball"), ("owl", "fox"), ("red apple", "strawberry"))
     for source, prompt in pairs:
         picture = drawn(source)

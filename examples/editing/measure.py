@@ -37,7 +37,7 @@ def attention_shares(model: UnCLIP, prompts: tuple[str, ...] = PROMPTS) -> dict[
         found[maps.layer].append(torch.stack([caption, 1 - caption - own, own, alike]).mean(1))
 
     with watch_attention(stage.network, hear):
-        stage.sample(z, range(len(prompts)), text=text, guidance=1.0)
+        stage.sample(z, range(len(prompts)), text=text, guidance=1.0, guidance_text=1.0)
     names = ("caption", "embedding", "places", "alike")
     return {layer: dict(zip(names, torch.stack(rows).mean(0).tolist(), strict=True)) for layer, rows in found.items()}
 
