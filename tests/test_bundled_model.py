@@ -85,7 +85,7 @@ def test_the_manifest(folder: Path) -> None:
 def test_it_is_small_and_holds_no_pickle(folder: Path) -> None:
     files = [file for file in folder.rglob("*") if file.is_file()]
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
-    assert sum(sizes.values()) <= 64e6, sizes
+    assert sum(sizes.values()) <= 46e6, sizes
     assert max(sizes.values()) <= 16 * 2**20, sizes
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".gz", ".md"}
 
