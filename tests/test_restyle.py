@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ from torch import Tensor
 from decoder import DecoderRunConfig, decoder_loss, train
 from unclip.clip import FrozenCLIP
 from unclip.config import DataConfig, parse_config
+from unclip.config_data import Style
 from unclip.data import build_batches
-from unclip.data.restyle import STYLES, blurred, contours, hue, lit, restyle_batch, turned
+from unclip.data.restyle import STYLES, blurred, contours, fine_lines, hue, lit, palette, restyle_batch, turned
 from unclip.errors import UsageError
 from unclip.training import current
 
@@ -73,12 +74,40 @@ def test_result_does_not_depend_on_the_batch() -> None:
     assert torch.equal(together, alone)
 
 
-@pytest.mark.parametrize("style", STYLES)
+def test_weights_say_how_often_a_style_is_taken() -> None:
+    grey = torch.zeros(280, 3, 8, 8)  # lines alone leave it white
+
+    def white(**weights: float) -> int:
+        return int((restyle_batch(grey, _rngs(280), [1.0] * 280, weights) == 1).flatten(1).all(1).sum())
+
+    others = {name: 0.0 for name in STYLES if name not in ("contours", "fine_lines")}
+    assert white(**others) == 280 and white(contours=0, fine_lines=0) == 0
+    assert 60 <= white() <= 100  # 80 are expected, with a deviation of 8
+    assert 130 <= white(fine_lines=4) <= 170  # 5 of 10
+
+
+def test_weights_name_the_styles_and_leave_one() -> None:
+    assert set(get_args(Style)) == set(STYLES)
+    with pytest.raises(UsageError, match=r"restyle_weights.*sepia|sepia"):
+        parse_config(DataConfig, {"restyle_weights": {"sepia": 1}})
+    with pytest.raises(UsageError, match="leave no style; give at least one a weight above 0"):
+        parse_config(DataConfig, {"restyle_weights": dict.fromkeys(STYLES, 0)})
+
+
+def test_weights_of_the_configuration_reach_the_pictures() -> None:
+    lines = {name: float(name == "fine_lines") for name in STYLES}
+    body = {"image_size": 16, "restyle": 1.0, "synthetic": {"size": 32, "max_objects": 1}, "restyle_weights": lines}
+    drawn = next(build_batches(parse_config(DataConfig, body), batch_size=16, seed=0))["image"]
+    assert (drawn > 0.99).float().mean() > 0.4  # paper
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 def test_pictures_stay_in_range(style: object) -> None:
     light = (_pictures(1)[0] + 1) / 2
     many = restyle_batch(_pictures(40), _rngs(40), [1.0] * 40)
     assert many.abs().max() <= 1 and many.isfinite().all()
     assert style(light, np.random.default_rng(0)).shape == light.shape  # type: ignore[operator]
+    assert torch.equal(light, (_pictures(1)[0] + 1) / 2)  # what it was given is as before
 
 
 def test_hue_keeps_grey_and_the_sum_of_the_channels() -> None:
@@ -102,6 +131,31 @@ def test_hue_turns_by_the_angle_drawn() -> None:
 
     turned_red = hue(red, Third())  # type: ignore[arg-type]
     torch.testing.assert_close(turned_red.flatten(), torch.tensor([0.0, 1, 0]), atol=1e-6, rtol=0)
+
+
+def test_a_palette_makes_red_any_colour_and_tints_grey_alone() -> None:
+    grey = torch.linspace(0.1, 1, 64).view(1, 8, 8).expand(3, 8, 8)
+    red = torch.tensor([1.0, 0, 0]).view(3, 1, 1)
+    strongest = set()
+    for seed in range(30):
+        toned = palette(grey, np.random.default_rng(seed))
+        tint = toned[:, -1, -1]  # of white
+        torch.testing.assert_close(toned / tint.view(3, 1, 1), (toned[:1] / tint[0]).expand(3, 8, 8))
+        assert tint.min() >= 0.85 and tint.max() <= 1
+        strongest.add(int((palette(red, np.random.default_rng(seed)).flatten() / tint).argmax()))
+    assert strongest == {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fine_lines_are_where_any_colour_changes(seed: int) -> None:
+    """Red beside a green of the same brightness has a line, and at no other place than where they meet."""
+    flat = torch.tensor([0.587, 0, 0]).view(3, 1, 1).repeat(1, 16, 16)
+    torch.testing.assert_close(fine_lines(flat, np.random.default_rng(seed)), torch.ones(3, 16, 16))
+    flat[:, :, 8:] = torch.tensor([0, 0.299, 0]).view(3, 1, 1)
+    drawn = fine_lines(flat, np.random.default_rng(seed))
+    torch.testing.assert_close(drawn[:, :, :5], torch.ones(3, 16, 5))
+    torch.testing.assert_close(drawn[:, :, 10:], torch.ones(3, 16, 6))
+    assert drawn[:, :, 7].max() < 0.75 and drawn[:, :, [5, 6, 8, 9]].min() > drawn[:, :, 7].max()
 
 
 @pytest.mark.parametrize("seed", range(8))

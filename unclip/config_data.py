@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from unclip.config_base import Config
+
+Style = Literal["hue", "palette", "contours", "fine_lines", "turned", "blurred", "lit"]
 
 
 class SyntheticConfig(Config):
@@ -101,7 +103,13 @@ class DataConfig(Config):
         0.0,
         ge=0,
         le=1,
-        description="share of the pictures shown in another style, for CLIP training: hue, contours, turn, blur, light",
+        description="share of the pictures shown in another style, for CLIP training: hue, palette, contours, lines, "
+        "turn, blur, light",
+    )
+    restyle_weights: dict[Style, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict,
+        description="how often restyle takes a style, relative to 1 for those not named, such as {fine_lines: 4, "
+        "lit: 0}",
     )
     plain: bool = Field(
         False,
@@ -121,6 +129,8 @@ class DataConfig(Config):
         if self.crop_size is not None and self.crop_size > self.image_size:
             raise ValueError(f"crop_size is {self.crop_size}, larger than image_size {self.image_size}")
         self._check_low()
+        if set(self.restyle_weights) == set(get_args(Style)) and not any(self.restyle_weights.values()):
+            raise ValueError("restyle_weights leave no style; give at least one a weight above 0")
         if not self.plain and any(one.plain for one in self.sources):
             raise ValueError("a source asks for plain, and the data section does not; set data.plain to true")
         if self.plain and (self.has_low or self.crop_size is not None or self.horizontal_flip):

@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 from prepare import PrepareError, claim, plain, positive, read_names, read_rows, write_atomic
 from scene_drawing import piece
 
+SIZE = 256  # pixels; lines and blurs are made for about this size, and are coarser in smaller pictures
 ROOM = 0.78  # share of the side that a thing takes, so that a turned one still fits
 
 
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", type=Path, required=True, help="folder with metadata.jsonl and svg/")
     parser.add_argument("--out", type=Path, required=True, help="folder to write (new, or one to go on with)")
     parser.add_argument("--names", type=Path, help="file with the names to draw, one per line (# comments)")
-    parser.add_argument("--size", type=positive, default=256)
+    parser.add_argument("--size", type=positive, default=SIZE)
     args = parser.parse_args(argv)
     try:
         rows = read_rows(args.source)

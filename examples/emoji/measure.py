@@ -29,7 +29,7 @@ import torch
 from check_scenes import Judge, judge
 from coloured import Coloureds, coloured
 from coloured import judged as judged_coloured
-from elsewhere import STYLES, restyled
+from elsewhere import SIZE, STYLES, restyled
 from PIL import Image
 from prepare import PrepareError, plain, read_names, read_rows, render
 from scene_vocabulary import vocabulary
@@ -171,13 +171,13 @@ def variations(model: Any, emoji: Emoji, settings: Settings) -> dict[str, Any]:
 
 
 def elsewhere(model: Any, emoji: Emoji, source: Path, settings: Settings) -> dict[str, Any]:
-    """Identity of variations of restyled drawings, by style."""
+    """Identity of variations of restyled drawings, by style; the CLIP reduces them as it does a user's picture."""
     where = chosen(emoji.asked, settings)
     files = {row["name"]: source / row["file_name"] for row in read_rows(source)}
     report: dict[str, Any] = {"count": len(where)}
     for style in STYLES:
         rows = [emoji.rows[i] for i in where]
-        seen = torch.stack([pixels(restyled(files[row["name"]], row["name"], style, 64)) for row in rows])
+        seen = torch.stack([pixels(restyled(files[row["name"]], row["name"], style, SIZE)) for row in rows])
         report[style] = varied(model, seen, where, emoji, settings).float().mean().item()
     return report | {"identity": sum(report[style] for style in STYLES) / len(STYLES)}
 

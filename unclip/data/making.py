@@ -170,7 +170,7 @@ class Maker:
         if any(shares):
             stack = torch.stack(images)
             floats = stack if stack.is_floating_point() else to_float(stack)
-            images = list(restyle_batch(floats, rngs, shares))
+            images = list(restyle_batch(floats, rngs, shares, self._config.restyle_weights))
         if self._config.crop_size is not None:
             size = self._config.crop_size
             images = [random_crop(image, size, rng) for image, rng in zip(images, rngs, strict=True)]

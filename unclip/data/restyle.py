@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -17,18 +18,26 @@ TURN = math.radians(35)  # largest rotation
 BLUR = 0.03  # largest standard deviation of the blur, of the edge
 GRAIN = 0.04  # largest standard deviation of the noise, of the range of light
 _LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+_ORDERS = tuple(permutations(range(3)))  # of the channels
 
 
-def restyle_batch(images: Tensor, rngs: list[np.random.Generator], shares: Sequence[float]) -> Tensor:
-    """Give pictures (B, 3, H, W) in [-1, 1] another place, size and style, each of STYLES as often; `shares` are the
-    chances of each to be changed.
+def restyle_batch(
+    images: Tensor,
+    rngs: list[np.random.Generator],
+    shares: Sequence[float],
+    weights: Mapping[str, float] | None = None,
+) -> Tensor:
+    """Give pictures (B, 3, H, W) in [-1, 1] another place, size and style; `shares` are the chances of each to be
+    changed, `weights` how often each of STYLES is taken, relative to 1 for those not named.
 
     Every picture draws from its own generator, so that the result does not depend on the batch it is in.
     """
     result = images.clone()
+    reach = np.cumsum([(weights or {}).get(name, 1.0) for name in STYLES])
+    styles = tuple(STYLES.values())
     for index, (rng, share) in enumerate(zip(rngs, shares, strict=True)):
         if rng.random() < share:
-            style = STYLES[int(rng.integers(len(STYLES)))]
+            style = styles[int(np.searchsorted(reach, rng.random() * reach[-1], side="right"))]
             result[index] = style(_placed((images[index] + 1) / 2, rng), rng).clamp(0, 1) * 2 - 1
     return result
 
@@ -42,6 +51,18 @@ def hue(light: Tensor, rng: np.random.Generator) -> Tensor:
     return grey + strength * torch.einsum("ij,jhw->ihw", across, light - grey)
 
 
+def palette(light: Tensor, rng: np.random.Generator) -> Tensor:
+    """Other colours on tinted paper: the channels of (3, H, W) become a mixture of two orders of them, paler or
+    stronger, and darker or lighter. Grey stays grey but for the tint.
+    """
+    first, second = (light[list(_ORDERS[int(rng.integers(len(_ORDERS)))])] for _ in range(2))
+    share, strength = float(rng.random()), float(rng.uniform(0.6, 1.2))
+    mixed = first + share * (second - first)
+    grey = mixed.mean(0, keepdim=True)
+    toned = (grey + strength * (mixed - grey)).clamp(0, 1) ** math.exp(rng.uniform(-0.4, 0.4))
+    return toned * light.new_tensor(rng.uniform(0.85, 1, 3)).view(3, 1, 1)
+
+
 def contours(light: Tensor, rng: np.random.Generator) -> Tensor:
     """Dark lines where the brightness of (3, H, W) changes, fine or thick, hard or soft, on white."""
     luma = (light * light.new_tensor(_LUMA).view(3, 1, 1)).sum(0)
@@ -52,6 +73,19 @@ def contours(light: Tensor, rng: np.random.Generator) -> Tensor:
     if rng.random() < 0.6:
         ink = _blur(ink, float(rng.uniform(0.3, 0.9)))
     return (1 - float(rng.uniform(0.7, 1)) * ink).expand_as(light)
+
+
+def fine_lines(light: Tensor, rng: np.random.Generator) -> Tensor:
+    """Lines of a pixel or two where any colour of (3, H, W) changes, as of a pen on white."""
+    framed = F.pad(light[None], (0, 1, 0, 1), mode="replicate")[0]
+    down = framed[:, 1:, :-1] - light
+    across = framed[:, :-1, 1:] - light
+    ink = (down.square() + across.square()).sqrt().amax(0)
+    ink = (float(rng.uniform(1.2, 4)) * (ink - float(rng.uniform(0, 0.08)))).clamp(0, 1)[None]
+    if rng.random() < 0.4:
+        ink = _blur(ink, float(rng.uniform(0.3, 0.6)))
+    pen = light.new_tensor(rng.uniform(0, 0.3, 3)).view(3, 1, 1)
+    return 1 - ink * (1 - pen)
 
 
 def turned(light: Tensor, rng: np.random.Generator) -> Tensor:
@@ -90,4 +124,12 @@ def _blur(values: Tensor, sigma: float) -> Tensor:
     return F.conv2d(across, weights.transpose(2, 3), groups=len(values))[0]
 
 
-STYLES: tuple[Callable[[Tensor, np.random.Generator], Tensor], ...] = (hue, contours, turned, blurred, lit)
+STYLES: dict[str, Callable[[Tensor, np.random.Generator], Tensor]] = {
+    "hue": hue,
+    "palette": palette,
+    "contours": contours,
+    "fine_lines": fine_lines,
+    "turned": turned,
+    "blurred": blurred,
+    "lit": lit,
+}
