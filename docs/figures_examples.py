@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from figures_evaluation import NotNamed
 from PIL import Image
 from torch import Tensor
 
@@ -92,6 +93,20 @@ def magic_mix() -> Image.Image:
     return packed(labelled_sheet(rows, [f"{source}\nto {prompt}" for source, prompt in pairs], heads))
 
 
+def elsewhere() -> Image.Image:
+    """Drawings in other styles and a variation of each; SOURCE in the environment names the emoji's vectors."""
+    if not (folder := os.environ.get("SOURCE")):
+        raise NotNamed("needs SOURCE in the environment; see examples/emoji/README.md")
+    script, prepare, rows = example("emoji", "elsewhere"), example("emoji", "prepare"), []
+    files = {row["name"]: Path(folder) / row["file_name"] for row in prepare.read_rows(Path(folder))}
+    for name in ("rocket", "strawberry", "guitar", "penguin", "sailboat"):
+        seen = [script.restyled(files[name], name, style, script.SIZE) for style in script.STYLES]
+        varied = model().decode(model().embed_image(seen), seed=0)
+        rows.append([cell for pair in zip(cells(seen), cells(varied), strict=True) for cell in pair])
+    heads = [head for style in script.STYLES for head in (style, "variation")]
+    return packed(labelled_sheet(rows, None, heads))
+
+
 def personalise() -> Image.Image:
     """From the runs of examples/personalise/train.sh, which are made first unless RUNS names some."""
     recover = example("personalise", "recover")
@@ -107,5 +122,6 @@ FIGURES: dict[str, Callable[[], Image.Image | None]] = {
     "prompt_to_prompt": prompt_to_prompt,
     "imagic": imagic,
     "magic_mix": magic_mix,
+    "elsewhere": elsewhere,
     "personalise": personalise,
 }

@@ -41,7 +41,7 @@ def drawn(prompt: str) -> Image.Image:
 def pca() -> Image.Image:
     """Three pictures rebuilt from the first of their embeddings' principal components."""
     rows = []
-    for prompt in ("red apple", "owl", "sailboat"):
+    for prompt in ("red apple", "owl", "rocket"):
         picture = drawn(prompt)
         found = model().pca(picture, (5, 10, 20, 30, 40, 80, 128), seed=1)
         rows.append([small(picture), *map(small, found.images)])

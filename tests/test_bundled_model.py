@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageFilter, ImageOps
 
 import unclip
 from unclip import UnCLIP
@@ -153,6 +154,35 @@ def test_it_draws_scenes(folder: Path, references: dict[str, np.ndarray]) -> Non
         assert np.abs(rim - background).max() < 25, prompt
         drawn[prompt] = [nearest(piece, references) for piece in pieces(image, background)]
     assert sum(drawn[prompt] == names for prompt, (_, names) in SCENES.items()) >= len(SCENES) - 1, drawn
+
+
+def line_drawing(image: Image.Image) -> Image.Image:
+    """Black lines on white where a channel changes by more than a tenth."""
+    edges = [channel.filter(ImageFilter.FIND_EDGES) for channel in image.split()]
+    strongest = ImageChops.lighter(ImageChops.lighter(edges[0], edges[1]), edges[2])
+    lines = strongest.point(lambda value: min(255, 4 * max(0, value - 25))).filter(ImageFilter.MaxFilter(5))
+    return ImageOps.expand(ImageOps.invert(ImageOps.crop(lines, 8)), 8, "white").convert("RGB")
+
+
+# How a picture is shown in another way, and how many of the twelve things must be known again.
+ELSEWHERE: dict[str, tuple[Callable[[Image.Image], Image.Image], int]] = {
+    "turned": (lambda image: image.rotate(20, Image.Resampling.BICUBIC, fillcolor="white"), 11),
+    "blurred": (lambda image: image.filter(ImageFilter.GaussianBlur(5)), 11),
+    "other colours": (lambda image: Image.merge("RGB", image.split()[::-1]), 9),
+    "line drawing": (line_drawing, 7),
+}
+
+
+def test_variations_of_pictures_from_elsewhere_are_of_the_same_thing(
+    folder: Path, references: dict[str, np.ndarray]
+) -> None:
+    model = UnCLIP.from_pretrained(device="cpu", size=256)
+    shown = [ImageOps.expand(image, 24, "white") for image in model.sample(ASKED, size=256)]
+    for style, (change, enough) in ELSEWHERE.items():
+        embeddings = model.embed_image([change(image) for image in shown])
+        images = model.decode(embeddings, size=64)
+        drawn = {name: nearest(image, references) for name, image in zip(ASKED, images, strict=True)}
+        assert sum(name == seen for name, seen in drawn.items()) >= enough, (style, drawn)
 
 
 def test_it_makes_1024_px(folder: Path, references: dict[str, np.ndarray]) -> None:

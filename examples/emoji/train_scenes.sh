@@ -60,16 +60,18 @@ decoder decoder_last clip_many init_from="$RUNS/decoder_words/model" model.drop_
     model.guidance_text=2.0 train.steps=2050 train.seed=18
 
 # Pictures from elsewhere, those that are hardest to recognise: the CLIP's image tower learns line drawings and other colours
-# without moving what prior and decoder know, and the decoder what it makes of them.
+# without moving much of what prior and decoder know, the decoder what it makes of them, and the prior what did move.
 stage train_clip.py --config configs/clip/emoji_styles.yaml init_from="$RUNS/clip_many/model" \
     train.run_dir="$RUNS/clip_styles" data.sources="[{source: $DATA/emoji_natural, weight: 8, restyle: 0.8}, \
     {source: $DATA/emoji_scenes_alike, weight: 1, $streamed}, {$scenes, weight: 1}]"
+prior prior_styles clip_styles init_from="$RUNS/prior_more/model" train.steps=400 train.seed=20 \
+    train.precision=bfloat16 train.optimizer.lr=6.0e-4
 shares=(5.5 2 2.5)
 decoder decoder_styles clip_styles init_from="$RUNS/decoder_last/model" model.drop_embedding=0.2 model.drop_text=0.3 \
-    model.guidance_text=2.0 data.restyle_weights="{palette: 2, fine_lines: 3}" train.steps=2000 train.seed=19
+    model.guidance_text=2.0 data.restyle_weights="{palette: 2, fine_lines: 3}" train.steps=1450 train.seed=19
 
 unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_styles/model" \
-    --prior "$RUNS/prior_more/model" --decoder "$RUNS/decoder_styles/model" \
+    --prior "$RUNS/prior_styles/model" --decoder "$RUNS/decoder_styles/model" \
     --upsampler-256 "$START/upsampler_256" --upsampler-1024 "$START/upsampler_1024" \
     --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md --out "$OUT"
 unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_natural" --samples 1550
