@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclip.config_data import Style
 from unclip.data.augment import warp
 
 SHIFT, SMALLEST = 0.06, 0.7  # of the edge
@@ -25,7 +26,7 @@ def restyle_batch(
     images: Tensor,
     rngs: list[np.random.Generator],
     shares: Sequence[float],
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[Style, float] | None = None,
 ) -> Tensor:
     """Give pictures (B, 3, H, W) in [-1, 1] another place, size and style; `shares` are the chances of each to be
     changed, `weights` how often each of STYLES is taken, relative to 1 for those not named.
@@ -124,7 +125,7 @@ def _blur(values: Tensor, sigma: float) -> Tensor:
     return F.conv2d(across, weights.transpose(2, 3), groups=len(values))[0]
 
 
-STYLES: dict[str, Callable[[Tensor, np.random.Generator], Tensor]] = {
+STYLES: dict[Style, Callable[[Tensor, np.random.Generator], Tensor]] = {
     "hue": hue,
     "palette": palette,
     "contours": contours,
