@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.errors import UnclipError, contents
+from unclip.notices import CutNotices
 
 
 class FrozenT5(nn.Module):
@@ -21,6 +21,7 @@ class FrozenT5(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.width, self.source = tokenizer, width, source
+        self.cuts = CutNotices()
 
     @classmethod
     def load(cls, name: str, device: torch.device | str = "cpu") -> FrozenT5:
@@ -63,14 +64,12 @@ class FrozenT5(nn.Module):
         return tokens * seen[..., None], seen
 
     def _warn_of_cuts(self, captions: Sequence[str], length: int) -> None:
+        if self.cuts.over:
+            return
         for ids in self.tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]:
             room = length - self.tokenizer.num_special_tokens_to_add()
             if len(ids) > room:
-                dropped = self.tokenizer.decode(ids[room:]).strip()
-                warnings.warn(
-                    f"the prompt is longer than the text encoder's {length} tokens and was cut; dropped: {dropped!r}",
-                    stacklevel=3,
-                )
+                self.cuts.give(self.tokenizer.decode(ids[room:]).strip(), "the text encoder's", length)
 
 
 def _config(name: str) -> Any:

@@ -101,6 +101,7 @@ class CaptionEncoder:
             )
         if isinstance(config.text, T5Text):
             self._t5 = FrozenT5.load(config.text.name, clip.device)
+            self._t5.cuts = clip.cuts
             if self._t5.width != config.text.width:
                 raise UnclipError(
                     f"the text encoder {config.text.name!r} gives features {self._t5.width} wide, the decoder takes "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from decoder.config import GlideText
 from decoder.t5 import FrozenT5
 from decoder.text import TextSeed, TextTransformer, with_text_widths
 from unclip.clip import FrozenCLIP, TextFeatures
-from unclip.config import parse_config
+from unclip.config import DataConfig, parse_config
 from unclip.errors import UnclipError, UsageError
-from unclip.training import EmbeddingMemo
+from unclip.notices import CaptionCut
+from unclip.training import EmbeddingMemo, open_memo
 
 GLIDE: dict[str, Any] = {"kind": "glide", "vocab_size": 20, "length": 6, "width": 16, "depth": 2, "heads": 2}
 CAPTIONS = ["a red disc", "the green disc on the left", "blue", "a disc below the disc on the right"]
@@ -219,6 +221,19 @@ def test_widths_come_from_the_encoder(clip: FrozenCLIP, t5_folder: Path) -> None
     wide = own.model_copy(update={"text": own.text.model_copy(update={"width": 24})})
     with pytest.raises(UnclipError, match=r"gives features 16 wide, the decoder takes 24"):
         CaptionEncoder(wide, clip)
+
+
+def test_a_run_tells_of_the_first_caption_that_is_cut_alone(tiny_clip_folder: Path, t5_folder: Path) -> None:
+    memo = open_memo(DataConfig(source="synthetic"), str(tiny_clip_folder), torch.device("cpu"))
+    long = "a red circle left of a blue square on a white background"
+    with pytest.warns(CaptionCut, match="captions longer than CLIP's 12 tokens are cut; the first") as told:
+        assert memo.encode_text([long, long + " below"]).mask.all()
+        memo.encode_text([long])
+    assert len(told) == 1
+    reader = for_clip(memo.clip, text={"kind": "t5", "name": str(t5_folder), "length": 4, "width": 99})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the T5 beside the CLIP counts with it
+        assert CaptionEncoder(reader, memo.clip).encode_text([long]).mask.all()
 
 
 def test_text_encoders_that_are_not_there(

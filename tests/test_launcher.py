@@ -61,6 +61,7 @@ def launch(stage: str, body: dict[str, Any], folder: Path, *overrides: str) -> P
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert f"trained to step {STEPS}; the model is in {run_dir / 'model'}" in done.stdout
+    (folder / "output.txt").write_text(done.stdout)
     return run_dir
 
 
@@ -111,6 +112,9 @@ def test_prior_with_offline_wandb(tmp_path: Path, tiny_clip_folder: Path) -> Non
     check_run(run_dir)
     logs = list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
     assert len(logs) == 1 and logs[0].stat().st_size > 500  # of the first process alone
+    said = (tmp_path / "output.txt").read_text()
+    assert said.count("train_prior.py: warning: captions longer than CLIP's 12 tokens are cut; the first of") == 1
+    assert said.count("are cut;") == 1  # by one of two processes, of many captions
     stage = PriorStage.load(run_dir / "model")
     text = FrozenCLIP.load(str(tiny_clip_folder)).encode_text(["a red circle"])
     assert stage.sample(text, [0], steps=2).shape == (1, 16)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import unclip
-from unclip.notices import in_lines
+from unclip.notices import CaptionCut, CutNotices, in_lines
 
 OWN = str(Path(unclip.__file__).with_name("clip.py"))
 
@@ -23,7 +23,7 @@ def test_own_warnings_are_one_line_each_and_others_are_handed_on(capsys: pytest.
     show = in_lines("train_prior.py", otherwise)
     for text, category, place in (
         ("the prompt\n  was cut", UserWarning, OWN),
-        ("the prompt was cut", UserWarning, OWN),
+        ("the prompt was cut", CaptionCut, OWN),
         ("something else", UserWarning, OWN),
         ("old", DeprecationWarning, OWN),
         ("theirs", UserWarning, warnings.__file__),
@@ -33,3 +33,21 @@ def test_own_warnings_are_one_line_each_and_others_are_handed_on(capsys: pytest.
         "train_prior.py: warning: the prompt was cut\ntrain_prior.py: warning: something else\n"
     )
     assert handed == ["old", "theirs"]
+
+
+def test_of_a_data_set_the_first_caption_that_is_cut_is_told_and_of_prompts_each() -> None:
+    cuts = CutNotices()
+    with pytest.warns(CaptionCut) as told:
+        cuts.give("red star", "CLIP's", 77)
+        cuts.give("blue ring", "CLIP's", 77)
+    assert [str(one.message).split("dropped: ")[1] for one in told] == ["'red star'", "'blue ring'"]
+    cuts = CutNotices()
+    cuts.first_only = True
+    assert not cuts.over
+    with pytest.warns(CaptionCut) as told:
+        cuts.give("red star", "the text encoder's", 128)
+        cuts.give("blue ring", "the text encoder's", 128)
+    (one,) = told
+    whose = "captions longer than the text encoder's 128 tokens are cut"
+    assert str(one.message) == f"{whose}; the first of them lost 'red star'"
+    assert cuts.over

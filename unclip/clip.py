@@ -20,6 +20,7 @@ from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE
 from unclip.clip_library import library_for, library_of
 from unclip.errors import UnclipError, UsageError, contents, nearest
 from unclip.hub import answer_of
+from unclip.notices import CutNotices
 from unclip.text_features import TextFeatures
 from unclip.tokens import LearnedTokens, dropped_text, in_words, pieces, place_rows, probe_of, spell
 
@@ -43,6 +44,7 @@ class FrozenCLIP(nn.Module):
         self.tokenizer = tokenizer
         self.source = source
         self.sees = True
+        self.cuts = CutNotices()
         preprocess = library.model.get_model_preprocess_cfg(model)
         size = preprocess.get("size", 224)
         self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
@@ -245,7 +247,7 @@ class FrozenCLIP(nn.Module):
         return torch.tensor(ids + [0] * (length - len(ids))), found
 
     def _warn_if_cut(self, caption: str, row: Tensor, length: int) -> None:
-        if row[-1] == 0:  # there was room left
+        if row[-1] == 0 or self.cuts.over:  # there was room left, or enough is said
             return
         whole = self.tokenizer.encode(caption)
         room = length - 2
@@ -253,10 +255,7 @@ class FrozenCLIP(nn.Module):
             self._warn_cut(self.tokenizer.decode(whole[room:]).strip(), length)
 
     def _warn_cut(self, dropped: str, length: int) -> None:
-        whose = "CLIP's" if length == self.context_length else "the text encoder's"
-        warnings.warn(
-            f"the prompt is longer than {whose} {length} tokens and was cut; dropped: {dropped!r}", stacklevel=4
-        )
+        self.cuts.give(dropped, "CLIP's" if length == self.context_length else "the text encoder's", length)
 
 
 def clip_folder(name: str) -> Path:

@@ -8,7 +8,6 @@ on with the next piece. Processes share nothing but the folder.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -241,6 +240,7 @@ class _Writer:
         reuses: bool,
     ) -> None:
         self.config, self.clip, self.folder = config, clip, folder
+        clip.cuts.first_only = True
         self.batch_size, self.size, self.pixels = batch_size, size, pixels
         self.reuses = reuses  # the source holds image embeddings already, and may lack token features
         self.threads = ThreadPoolExecutor(_THREADS, "decode")
@@ -287,10 +287,8 @@ class _Writer:
             pictures = torch.stack([picture for _, picture, _ in usable if picture is not None])
             image = self.clip.encode_image(to_float(pictures).to(self.clip.device), unit_length=False)
         captions = [caption for row, _, _ in usable for caption in row.captions]
-        with warnings.catch_warnings():  # of each caption that is longer than the context
-            warnings.simplefilter("ignore")
-            size = self.batch_size
-            texts = [self.clip.encode_text(captions[i : i + size]) for i in range(0, len(captions), size)]
+        size = self.batch_size
+        texts = [self.clip.encode_text(captions[i : i + size]) for i in range(0, len(captions), size)]
         piece.add([row for row, _, _ in usable], image, texts, [small for _, _, small in usable])
 
     def _decode(self, row: Row) -> _Decoded | ImageError | Unwanted:

@@ -77,6 +77,7 @@ def statistics(
         "caption_column": caption_column,
     }
     loaded = FrozenCLIP.load(clip, device=place)
+    loaded.cuts.first_only = True
     data_of = partial(opt.data_config, source, changes=changes)
     measured = _measure(part, folder, loaded, data_of, samples, steps, seed, batch_size)
     save_statistics(folder, measured)

@@ -150,13 +150,15 @@ class Names:
 class Extractor:
     """Pictures -> what figures are made of: a CLIP's embeddings always, Inception's features where there is one.
 
-    `clip_name` is what FrozenCLIP.load took. With `small` come pictures of 32×32 too, for distances in pixels.
+    `clip_name` is what FrozenCLIP.load took. Of captions that the CLIP cuts it tells the first alone from here on. With
+    `small` come pictures of 32×32 too, for distances in pixels.
     """
 
     def __init__(
         self, clip: FrozenCLIP, clip_name: str, inception: Inception | None = None, *, small: bool = False
     ) -> None:
         self.clip, self.inception, self.small = clip, inception, small
+        clip.cuts.first_only = True
         self._clip_name = clip_name
         path = Path(clip_name)
         self.clip_label = path.parent.name + "'s CLIP" if path.is_dir() and path.name == "clip" else clip_name
@@ -209,11 +211,7 @@ class Extractor:
     @torch.inference_mode()
     def texts(self, captions: list[str]) -> np.ndarray:
         """CLIP's embeddings (B, E) of captions, of unit length."""
-        import warnings
-
-        with warnings.catch_warnings():  # of each caption that is longer than the context
-            warnings.simplefilter("ignore")
-            return self.clip.encode_text(captions).embedding.cpu().numpy()
+        return self.clip.encode_text(captions).embedding.cpu().numpy()
 
     def compared(self, arrays: Arrays) -> Tensor:
         """The features (N, D) that distances are measured in: Inception's, or CLIP's of unit length times √E, so that

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
 from unclip.errors import UnclipError, UsageError
-from unclip.notices import in_lines
+from unclip.notices import CaptionCut, in_lines
 from unclip.training.settings import deepspeed_config, settle
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def main_for(
     before = signal.signal(signal.SIGTERM, _terminated)  # the loop, once it runs, saves first
     if argv is None:  # called as a script, and not by a program, which has warnings of its own
         warnings.showwarning = in_lines(script, warnings.showwarning)
+        if not is_main:
+            warnings.simplefilter("ignore", CaptionCut)  # one process tells of it
     try:
         config = load_config(config_cls, arguments.config, arguments.overrides)
         train = getattr(config, "train", None)

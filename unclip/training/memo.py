@@ -63,7 +63,7 @@ class EmbeddingMemo:
     def encode_with(self, build: Callable[[FrozenCLIP], TextEncoder], name: str) -> None:
         """Let `build(clip)` encode captions, also where features are stored; `name` is the CLIP to load for it."""
         if self._clip is None:
-            self._clip = FrozenCLIP.load(name, device=self.device)
+            self._clip = _for_data(name, self.device)
         self._own_texts = build(self._clip)
 
     @property
@@ -184,7 +184,7 @@ def open_memo(
     """
     stored, identity = describe_embeddings(data), identify(clip)
     if stored is None:
-        asked = FrozenCLIP.load(clip, device=device)
+        asked = _for_data(clip, device)
         return EmbeddingMemo(asked, size, unit_length=unit_length, device=device, identity=identity)
     if stored.clip is not None and (difference := same_clip(stored.clip, identity)):
         raise UnclipError(
@@ -203,10 +203,16 @@ def open_memo(
         )
     loaded, identity = None, stored.clip or identity
     if (reads_tokens and stored.token_dim is None) or not stored.has_text:
-        loaded = FrozenCLIP.load(clip, device=device)
+        loaded = _for_data(clip, device)
         if loaded.embedding_dim != stored.embedding_dim:
             raise UnclipError(
                 f"the embeddings in {stored.folder} are {stored.embedding_dim} wide, those of the CLIP {clip!r} are "
                 f"{loaded.embedding_dim} wide; name the CLIP that they are of"
             )
     return EmbeddingMemo(loaded, size, unit_length=unit_length, stored=stored, device=device, identity=identity)
+
+
+def _for_data(name: str, device: torch.device | str | None) -> FrozenCLIP:
+    clip = FrozenCLIP.load(name, device=device or "cpu")
+    clip.cuts.first_only = True
+    return clip
