@@ -88,6 +88,7 @@ def test_override_values(tmp_path: Path, override: str, path: str, value: Any) -
         ("train: {precision: float16}", [], r"train\.precision: .*'bfloat16'.*\(got 'float16'\)"),
         ("train: {ema_decay: 1}", [], r"train\.ema_decay: input should be less than 1"),
         ("train: {steps: 1.5}", [], r"train\.steps: .*integer"),
+        ("train: {optimizer: {lr: .inf}}", [], r"train\.optimizer\.lr: input should be a finite number \(got inf\)"),
         ("train: 3", [], r"train: .*\(got 3\)"),
         ("data: {image_size: 32, crop_size: 64}", [], "crop_size is 64, larger than image_size 32"),
         ("train: {steps: 0, seed: -1}", [], r"train\.steps: .*; train\.seed: "),  # both in one sentence
