@@ -168,8 +168,8 @@ def line_drawing(image: Image.Image) -> Image.Image:
 ELSEWHERE: dict[str, tuple[Callable[[Image.Image], Image.Image], int]] = {
     "turned": (lambda image: image.rotate(20, Image.Resampling.BICUBIC, fillcolor="white"), 11),
     "blurred": (lambda image: image.filter(ImageFilter.GaussianBlur(5)), 11),
-    "other colours": (lambda image: Image.merge("RGB", image.split()[::-1]), 9),
-    "line drawing": (line_drawing, 7),
+    "other colours": (lambda image: Image.merge("RGB", image.split()[::-1]), 11),
+    "line drawing": (line_drawing, 8),
 }
 
 

@@ -112,7 +112,7 @@ def test_every_command_stands_on_what_was_made_before(script: str, tmp_path: Pat
     assert bundles[-1] == str(tmp_path / "model") and len(bundles) == (2 if script == "train.sh" else 1)
 
 
-@pytest.mark.parametrize("script, runs", [("train.sh", 27), ("train_scenes.sh", 12)])
+@pytest.mark.parametrize("script, runs", [("train.sh", 30), ("train_scenes.sh", 15)])
 def test_a_run_is_gone_on_with_by_its_own_configuration_alone(script: str, runs: int, tmp_path: Path) -> None:
     files: dict[str, str] = {}
     for words in commands(script, tmp_path):

@@ -39,9 +39,10 @@ prior() { # RUN CLIP ...
         data.sources="[{source: $DATA/emoji_natural, weight: 1}, {$scenes, weight: 1}]" "${@:3}"
 }
 shares=(3 1 6) # of all emoji, of the familiar ones, of scenes
+restyle=0.3    # of the pictures of emoji
 decoder() { # RUN CLIP ...
-    local every="{source: $DATA/emoji_natural, weight: ${shares[0]}, restyle: 0.3}"
-    local familiar="{source: $DATA/emoji_1024, weight: ${shares[1]}, restyle: 0.3}"
+    local every="{source: $DATA/emoji_natural, weight: ${shares[0]}, restyle: $restyle}"
+    local familiar="{source: $DATA/emoji_1024, weight: ${shares[1]}, restyle: $restyle}"
     stage train_decoder.py --config configs/decoder/emoji_64_scenes.yaml train.run_dir="$RUNS/$1" clip="$RUNS/$2/model" \
         data.sources="[$every, $familiar, {$scenes, weight: ${shares[2]}}]" "${@:3}"
 }
@@ -60,18 +61,29 @@ decoder decoder_last clip_many init_from="$RUNS/decoder_words/model" model.drop_
     model.guidance_text=2.0 train.steps=2050 train.seed=18
 
 # Pictures from elsewhere, those that are hardest to recognise: the CLIP's image tower learns line drawings and other colours
-# without moving much of what prior and decoder know, the decoder what it makes of them, and the prior what did move.
-stage train_clip.py --config configs/clip/emoji_styles.yaml init_from="$RUNS/clip_many/model" \
-    train.run_dir="$RUNS/clip_styles" data.sources="[{source: $DATA/emoji_natural, weight: 8, restyle: 0.8}, \
-    {source: $DATA/emoji_scenes_alike, weight: 1, $streamed}, {$scenes, weight: 1}]"
-prior prior_styles clip_styles init_from="$RUNS/prior_more/model" train.steps=400 train.seed=20 \
-    train.precision=bfloat16 train.optimizer.lr=6.0e-4
+# without moving much of what prior and decoder know, the prior what did move, and the decoder what it makes of them. Twice:
+# after the first stretch none of the three had levelled off, and turned pictures had lost by it.
+clip_styles() { # RUN START ...
+    stage train_clip.py --config configs/clip/emoji_styles.yaml init_from="$RUNS/$2/model" train.run_dir="$RUNS/$1" \
+        data.sources="[{source: $DATA/emoji_natural, weight: 8, restyle: 0.8}, \
+    {source: $DATA/emoji_scenes_alike, weight: 1, $streamed}, {$scenes, weight: 1}]" "${@:3}"
+}
+short=(train.steps=400 train.precision=bfloat16 train.optimizer.lr=6.0e-4)
+words=(model.drop_embedding=0.2 model.drop_text=0.3 model.guidance_text=2.0)
+clip_styles clip_styles clip_many
+prior prior_styles clip_styles init_from="$RUNS/prior_more/model" "${short[@]}" train.seed=20
 shares=(5.5 2 2.5)
-decoder decoder_styles clip_styles init_from="$RUNS/decoder_last/model" model.drop_embedding=0.2 model.drop_text=0.3 \
-    model.guidance_text=2.0 data.restyle_weights="{palette: 2, fine_lines: 3}" train.steps=1450 train.seed=19
+decoder decoder_styles clip_styles init_from="$RUNS/decoder_last/model" "${words[@]}" \
+    data.restyle_weights="{palette: 2, fine_lines: 3}" train.steps=1450 train.seed=19
+clip_styles clip_styles_more clip_styles train.steps=2000 train.seed=21 \
+    data.restyle_weights="{palette: 3, fine_lines: 6, turned: 3}"
+prior prior_styles_more clip_styles_more init_from="$RUNS/prior_styles/model" "${short[@]}" train.seed=22
+shares=(5 1.5 3.5) restyle=0.5
+decoder decoder_styles_more clip_styles_more init_from="$RUNS/decoder_styles/model" "${words[@]}" \
+    data.restyle_weights="{palette: 2, fine_lines: 3, turned: 2}" train.steps=1500 train.seed=23
 
-unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_styles/model" \
-    --prior "$RUNS/prior_styles/model" --decoder "$RUNS/decoder_styles/model" \
+unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_styles_more/model" \
+    --prior "$RUNS/prior_styles_more/model" --decoder "$RUNS/decoder_styles_more/model" \
     --upsampler-256 "$START/upsampler_256" --upsampler-1024 "$START/upsampler_1024" \
     --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md --out "$OUT"
 unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_natural" --samples 1550
