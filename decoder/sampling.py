@@ -30,6 +30,7 @@ from unclip.diffusion import (
     timesteps_from,
 )
 from unclip.diffusion.samplers import Callback, Sampler
+from unclip.digest import hold_in
 from unclip.errors import UnclipError, UsageError
 from unclip.nn.prepared import PreparedNetwork
 from unclip.nn.storage import kept_for_reuse
@@ -51,7 +52,7 @@ class DecoderStage:
         """Keep the weights in this precision and compute in it; norms' statistics and the sampler's state stay
         float32.
         """
-        self.network.to(dtype)
+        hold_in(self.network, dtype, self.config)
 
     @property
     def autoencoder(self) -> FrozenAutoencoder | None:

@@ -93,7 +93,9 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
         batch = fixed()
         real, embedding, text = embed({**batch, "image": batch["image"].to(distributed.device)})
         stage = DecoderStage(ema_network, model, distributed.device)
-        drawn = stage.sample(embedding, range(len(embedding)), text=text)
+        # The statistics of Analytic-DPM are measured by `unclip statistics`, of a trained model.
+        sampler = "ddpm" if model.sampler == "analytic" else None
+        drawn = stage.sample(embedding, range(len(embedding)), text=text, sampler=sampler)
         return captioned_grid([real.cpu(), drawn.cpu()], batch["caption"])
 
     def export(state: dict[str, Tensor], folder: Path) -> None:

@@ -44,8 +44,10 @@ class Dashboard:
             self._fixed = (*self.embed(batch), list(batch["caption"]))
         real, text, captions = self._fixed
         stage = build_stage(self.model, network, self.device)
+        # The statistics of Analytic-DPM are measured when training ends.
+        sampler = "ddpm" if getattr(self.model, "sampler", None) == "analytic" else None
         drawn = [
-            stage.sample(text[part], range(part.start, part.stop), candidates=1)
+            stage.sample(text[part], range(part.start, part.stop), candidates=1, sampler=sampler)
             for part in (slice(i, min(i + _BATCH, len(captions))) for i in range(0, len(captions), _BATCH))
         ]
         return cosines(torch.cat(drawn), real, text_embedding(text, self.model.embedding_length), captions)

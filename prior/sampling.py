@@ -315,7 +315,8 @@ def draw_codes(logits: Tensor, uniform: Tensor, temperature: float = 1.0, top_p:
 
 def best_of(candidates: Tensor, text_embedding: Tensor) -> Tensor:
     """candidates (B, N, E), text_embedding (B, E) -> (B, E): for each caption the candidate of largest dot product."""
-    scores = torch.einsum("bne,be->bn", candidates, text_embedding)
+    # Not as a matrix product, which autocast would round: candidates differ by less than bfloat16 tells apart.
+    scores = (candidates.float() * text_embedding[:, None].float()).sum(dim=2)
     return candidates[torch.arange(len(candidates)), scores.argmax(dim=1)]
 
 

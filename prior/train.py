@@ -61,10 +61,13 @@ def run(config: PriorRunConfig, distributed: Distributed, foreign: Reader | None
         return memo.image_of(batch), memo.text_of(batch)
 
     def loss_fn(engine: Any, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Tensor]:
-        embedding, text = embed(batch)
         if isinstance(network, AutoregressivePrior):
+            # An embedding that autocast has rounded falls into other buckets than its own.
+            with torch.autocast(distributed.device.type, enabled=False):
+                embedding, text = embed(batch)
             return autoregressive_loss(engine, network, network.config, embedding, text, generator)
         assert process is not None
+        embedding, text = embed(batch)
         return prior_loss(engine, network, process, network.config, embedding, text, generator)
 
     def export(state: dict[str, Tensor], folder: Path) -> None:

@@ -270,6 +270,35 @@ def test_drafts_from_the_pictures_embeddings(tiny_bundle: Path, tmp_path: Path, 
         assert np.abs(np.asarray(kept, dtype=int) - np.asarray(drawn, dtype=int)).max() <= 1
 
 
+def test_drawings_of_something_else_are_left_out(tiny_bundle: Path, tmp_path: Path, run_cli: Run) -> None:
+    options = ["--data", folder_of(tmp_path / "set"), "--model", tiny_bundle, "--samples", 6, "--size", 128]
+    options += ["--batch-size", 4, "--device", "cpu"]
+
+    def pairs(name: str, *more: object) -> tuple[str, dict[str, dict[str, Any]]]:
+        code, _, err = run_cli("drafts", "--out", tmp_path / name, *options, *more)
+        assert code == 0, err
+        rows = (json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines())
+        return err, {row["file_name"]: row for row in rows}
+
+    err, everything = pairs("all")
+    assert len(everything) == 6 and "kept" not in err
+    for row in everything.values():
+        large, small = (Image.open(tmp_path / "all" / row[column]) for column in ("file_name", "draft"))
+        reduced = np.asarray(large, dtype=float).reshape(64, 2, 64, 2, 3).mean((1, 3))
+        assert abs(np.sqrt(((reduced - np.asarray(small, dtype=float)) ** 2).mean()) - row["error"]) < 0.5
+    limit = sorted(row["error"] for row in everything.values())[2] + 0.01
+    err, some = pairs("some", "--max-error", limit)
+    assert "3 of 6 pairs kept" in err
+    assert some == {name: row for name, row in everything.items() if row["error"] < limit}
+    for folder in ("images", "drafts"):
+        kept = {file.name: file.read_bytes() for file in (tmp_path / "some" / folder).iterdir()}
+        assert len(kept) == 3
+        assert all((tmp_path / "all" / folder / name).read_bytes() == content for name, content in kept.items())
+    code, _, err = run_cli("drafts", "--out", tmp_path / "none", *options, "--max-error", 0)
+    assert code == 1 and "none of 6 drawings is within --max-error 0 of its picture" in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_drafts_refuse(tiny_bundle: Path, tmp_path: Path, run_cli: Run) -> None:
     source = folder_of(tmp_path / "set")
     command = ["drafts", "--model", tiny_bundle, "--data", source, "--device", "cpu"]

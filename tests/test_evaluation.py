@@ -200,6 +200,10 @@ def test_features_of_real_pictures_are_kept(tiny_bundle: Path, tmp_path: Path) -
     file = source / "images" / "3.png"
     Image.new("RGB", (SIZE, SIZE), "red").save(file)
     assert fingerprint(data(source).config) != before
+    # A key's hash says what is held out; a stream's first pictures are not those drawn from an index.
+    changed = {"key_column": "other", "streaming": True}
+    found = {fingerprint(data(source).config.model_copy(update={name: value})) for name, value in changed.items()}
+    assert len(found | {fingerprint(data(source).config)}) == 3
     assert made() == (2, 0)
     assert len([p for p in (tmp_path / "cache").iterdir() if (p / "gaussian-00000.npz").is_file()]) == 3
 

@@ -18,8 +18,8 @@ from unclip.bundle import load_weights, read_part_json, save_part
 from unclip.config import parse_config
 from unclip.diffusion import Prediction, SeededNoise, ddim, timesteps_from
 from unclip.diffusion.latents import highest_level, invert, kept_share, lowest_level, replay
+from unclip.digest import digest
 from unclip.geometry import angle_between, peak_signal_to_noise
-from unclip.latents import digest
 
 RNG = torch.Generator().manual_seed(0)
 PICTURES = torch.rand(2, 3, 64, 64, generator=RNG) * 2 - 1
@@ -154,6 +154,14 @@ def test_a_decoder_sampled_otherwise_is_the_same_decoder(model: UnCLIP) -> None:
                 self.register_buffer(name, turned if strided else tensor)
 
     assert digest(Weights(True)) == digest(Weights(False))
+
+
+def test_latents_serve_the_model_in_another_precision(bundle: Path, latents: Latents) -> None:
+    half = UnCLIP.from_pretrained(bundle, device="cpu", size=64, dtype=torch.bfloat16)
+    assert next(half.decoder.network.parameters()).dtype == torch.bfloat16
+    (drawn,) = half.reconstruct(latents[:1], output="tensor")
+    (exact,) = UnCLIP.from_pretrained(bundle, device="cpu", size=64).reconstruct(latents[:1], output="tensor")
+    assert (drawn - exact).abs().mean() < 0.1
 
 
 def test_files_that_hold_no_latents_are_refused(latents: Latents, tmp_path: Path) -> None:

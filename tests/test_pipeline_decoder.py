@@ -84,6 +84,13 @@ def test_prior_and_decoder_agree_on_the_embeddings_length(build: Any) -> None:
     alone.variations(torch.zeros(3, 16, 16), guidance=1.0)
     own = unit.clip.encode_image(torch.zeros(1, 3, 16, 16), unit_length=False)[0]
     assert torch.allclose(seen[-1], own * unit.decoder.config.scale, atol=1e-5)
+    # What the two give and take is of one length, and vectors of length 1 are none of this CLIP's.
+    assert torch.equal(alone.embed_image(torch.zeros(3, 16, 16))[0], own)
+    assert torch.equal(unit.embed_image(torch.zeros(3, 16, 16), unit_length=False)[0], own)
+    directions = alone.embed_image(torch.zeros(3, 16, 16), unit_length=True)
+    assert torch.equal(directions, unit.embed_image(torch.zeros(3, 16, 16)))
+    with pytest.raises(UsageError, match=r"embeddings of length 1; this model reads them as long as its CLIP makes"):
+        alone.decode(directions)
 
 
 def test_scales_interval_rescale_and_noise_level_reach_the_decoder(build: Any) -> None:

@@ -182,6 +182,16 @@ def test_best_of_keeps_the_larger_dot_product() -> None:
     assert torch.equal(best_of(candidates, embedding), torch.stack([candidates[0, 1], candidates[1, 0]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_best_of_is_not_decided_by_rounding(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    embedding = torch.nn.functional.normalize(torch.randn(200, 64), dim=1)
+    candidates = torch.nn.functional.normalize(embedding[:, None] + 0.003 * torch.randn(200, 2, 64), dim=2)
+    exact = best_of(candidates.double(), embedding.double()).float()
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(best_of(candidates, embedding), exact)
+
+
 def test_two_candidates_are_drawn_and_the_nearer_kept() -> None:
     stage, features = DiffusionPriorStage(network(), config()), text(6)
     seeds = list(range(6))

@@ -382,6 +382,20 @@ def test_dashboard_measures_samples_of_fixed_captions_with_fixed_noise(kind: str
     assert set(seen[0]) == set(fixed_batch(data, 70)["caption"])
 
 
+def test_dashboard_before_the_statistics_of_analytic_dpm_are_there() -> None:
+    """They are measured when training ends, as `configs/prior/paper.yaml` asks."""
+    usual = parse_config(PriorConfig, {**SMALL, "sampler": "ddpm"})
+    torch.manual_seed(0)
+    network, real = build_stage(usual).network, F.normalize(torch.randn(70, DIM), dim=1)
+    told = {
+        sampler: Dashboard(
+            usual.model_copy(update={"sampler": sampler}), DataConfig(image_size=8), lambda _: (real, text(70)), CPU, 70
+        )(network)
+        for sampler in ("ddpm", "analytic")
+    }
+    assert told["analytic"] == told["ddpm"]
+
+
 # ---- samples on the way --------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,7 @@ def check_size(size: int, possible: Sequence[int]) -> int:
 
 def check_embeddings(embeddings: Any, dim: int, *, unit_length: bool = True) -> Tensor:
     """Embeddings as float32 (B, E), brought to unit length or left as they are. UsageError: wrong width, not floats,
-    NaN or infinity, zero length.
+    NaN or infinity, zero length; all of length 1, where they are to be as long as the CLIP makes them.
     """
     tensor = embeddings if isinstance(embeddings, Tensor) else None
     if tensor is None:
@@ -177,7 +177,13 @@ def check_embeddings(embeddings: Any, dim: int, *, unit_length: bool = True) -> 
             f"embedding {int(odd[:, 0].nonzero()[0])} has elements of up to {float(largest[odd][0]):.3g}; this model "
             "reads embeddings with the CLIP's own length"
         )
-    return tensor / tensor.norm(dim=1, keepdim=True) if unit_length else tensor
+    lengths = tensor.norm(dim=1, keepdim=True)
+    if not unit_length and bool(((lengths - 1).abs() < 1e-3).all()):
+        raise UsageError(
+            "embeddings of length 1; this model reads them as long as its CLIP makes them, as "
+            "`unclip embed --raw-length` and `embed_image` give them"
+        )
+    return tensor / lengths if unit_length else tensor
 
 
 def read_embeddings(file: Path) -> np.ndarray:

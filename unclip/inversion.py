@@ -11,11 +11,12 @@ from torch import Tensor
 
 from unclip.diffusion import SeededNoise, timesteps_from
 from unclip.diffusion.latents import highest_level, invert, lowest_level, replay
+from unclip.digest import digest
 from unclip.errors import UsageError
 from unclip.frames import resize
 from unclip.geometry import peak_signal_to_noise
 from unclip.inputs import SampleOptions, Steps, check_count, check_seeds
-from unclip.latents import Latents, Origin, digest
+from unclip.latents import Latents, Origin
 from unclip.parts import image_pixels
 from unclip.stages import Stages, heard
 from unclip.upscaling import Progress, Timings

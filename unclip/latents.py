@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unclip.config import Config
 from unclip.errors import UnclipError, UsageError
 
 FORMAT = "unclip-latents-1"
-_SAMPLING = ("steps", "sampler", "guidance", "guidance_text", "guidance_interval", "guidance_rescale")
-_APART: Any = {**dict.fromkeys(_SAMPLING, True), "latent": {"name": True}}  # the autoencoder's place is no part of it
-_PROBE = 16
 
 
 @dataclass(frozen=True)
@@ -117,22 +111,3 @@ class Latents:
         if not bool(torch.isfinite(embedding).all() and torch.isfinite(noise).all()):
             raise UnclipError(f"{path} is damaged: it holds NaN or infinity")
         return cls(embedding, noise, timesteps, origin)
-
-
-def digest(module: nn.Module, config: Config | None = None) -> str:
-    """A short name for a network with these weights: 16 hexadecimal digits.
-
-    Made of the configuration, without what only sets how it is sampled by default, and of each tensor's name, shape and
-    first values, which differ between any two trainings; whole weights would take seconds to read.
-    """
-    known = hashlib.sha256()
-    if config is not None:
-        body: Any = config.model_dump(mode="json", exclude_defaults=True, exclude=_APART)
-        known.update(json.dumps(body, sort_keys=True).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        known.update(f"{name} {tuple(tensor.shape)}".encode())
-        first = tensor.detach()
-        while first.ndim > 1 and len(first) and first[0].numel() >= _PROBE:
-            first = first[0]  # flattening would copy all of one that is not contiguous
-        known.update(first.reshape(-1)[:_PROBE].float().cpu().numpy().tobytes())
-    return known.hexdigest()[:16]

@@ -129,6 +129,8 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
             decoder.hold_in(dtype)
             if prior is not None:
                 prior.hold_in(dtype)
+            for stage in upsamplers:
+                stage.hold_in(dtype)
         components = PrincipalComponents.load(folder / parts[PCA]) if PCA in parts else None
         return cls(clip, decoder, prior, upsamplers, manifest, place, dtype, components)
 

@@ -106,7 +106,7 @@ class Probing(Stages):
         if "{}" not in template:
             raise UsageError(f"the template {template!r} has no {{}} for the label; write 'a photo of a {{}}'")
         captions = [template.replace("{}", name) for name in names]
-        cosines = self.embed_image(images) @ self.embed_text(captions).embedding.T
+        cosines = self.embed_image(images, unit_length=True) @ self.embed_text(captions).embedding.T
         return (cosines * self.clip.logit_scale).softmax(dim=1)
 
     def typographic(

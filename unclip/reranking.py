@@ -49,7 +49,7 @@ class Reranking(Stages):
         all. Raises UsageError: another number of prompts.
         """
         several = check_prompts(prompts)
-        pictures = self.embed_image(images)
+        pictures = self.embed_image(images, unit_length=True)
         if len(several) not in (1, len(pictures)):
             raise UsageError(f"{len(several)} prompts for {len(pictures)} images; expected one each, or one for all")
         return (pictures * self.embed_text(several).embedding).sum(1)

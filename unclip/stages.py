@@ -66,11 +66,13 @@ class Stages:
         """CLIP's features of prompts: token features, mask, and embeddings (B, E) of unit length."""
         return self.clip.encode_text(check_prompts(prompts))
 
-    def embed_image(self, images: Any) -> Tensor:
-        """CLIP image embeddings (B, E) of unit length for a PIL image, a path, a tensor (B, 3, H, W) in [-1,
-        1], or a list of images and paths.
+    def embed_image(self, images: Any, *, unit_length: bool | None = None) -> Tensor:
+        """CLIP image embeddings (B, E) for a PIL image, a path, a tensor (B, 3, H, W) in [-1, 1], or a list of images
+        and paths. Their length is 1 with `unit_length`, without it the CLIP's own, and by default the one that this
+        model's decoder takes: 1, unless it was trained on the CLIP's own, as Karlo's was.
         """
-        return self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device))
+        unit = self.decoder.config.embedding_length == "unit" if unit_length is None else unit_length
+        return self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device), unit_length=unit)
 
     def check_options(self, **options: Any) -> None:
         """UsageError, UnclipError: options of `sample` that this model cannot follow."""

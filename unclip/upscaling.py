@@ -209,6 +209,9 @@ class Upscaler(Upscaling):
             label = str(manifest.get("name") or "unnamed")
         check_reach([stage.config.high_size for stage in stages], size)
         apply_adapters(adapters, {"upsampler": stages}, all_there=size is None)
+        if dtype != torch.float32:
+            for stage in stages:
+                stage.hold_in(dtype)
         return cls(stages, label, place, dtype)
 
 

@@ -19,6 +19,7 @@ render scene_things.txt emoji_scenes_alike 60000 --alike 8
 render scene_things.txt emoji_scenes 200000
 render scene_things_many.txt emoji_scenes_many_alike 60000 --alike 8 --seed 1
 render scene_things_many.txt emoji_scenes_many 100000
+render scene_things.txt emoji_scenes_256 4000 --size 256 --seed 31
 
 # Both towers of the CLIP learn scenes: by families alone, with others among them, and with more things.
 single="source: $DATA/emoji_natural, restyle: 0.4"
@@ -82,10 +83,32 @@ shares=(5 1.5 3.5) restyle=0.5
 decoder decoder_styles_more clip_styles_more init_from="$RUNS/decoder_styles/model" "${words[@]}" \
     data.restyle_weights="{palette: 2, fine_lines: 3, turned: 2}" train.steps=1500 train.seed=23
 
-unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_styles_more/model" \
-    --prior "$RUNS/prior_styles_more/model" --decoder "$RUNS/decoder_styles_more/model" \
-    --upsampler-256 "$START/upsampler_256" --upsampler-1024 "$START/upsampler_1024" \
-    --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md --out "$OUT"
+bundle() {
+    unclip bundle --overwrite --name emoji --license Apache-2.0 --clip "$RUNS/clip_styles_more/model" \
+        --prior "$RUNS/prior_styles_more/model" --decoder "$RUNS/decoder_styles_more/model" \
+        --example-prompts examples/emoji/familiar.txt --card examples/emoji/model_card.md "$@"
+}
+
+# The first upsampler goes on with what this decoder draws, scenes among it, whose glow and grain it knew nothing of.
+drafts() { # SOURCE OUT COUNT SEED
+    [ -d "$DATA/$2" ] || unclip drafts --model "$RUNS/draws" --data "$DATA/$1" --out "$DATA/$2" --samples "$3" --seed "$4" \
+        --max-error 30
+}
+bundle --out "$RUNS/draws"
+drafts emoji_natural emoji_drafts_last 4650 0
+drafts emoji_1024 emoji_drafts_last_familiar 1320 7000
+drafts emoji_scenes_256 emoji_drafts_scenes 4000 0
+upsampler() { # RUN START SHARE ...
+    local own="low_column: draft, weight"
+    stage train_upsampler.py --config configs/upsampler/emoji_64_to_256_drafts.yaml train.run_dir="$RUNS/$1" init_from="$2" \
+        data.sources="[{source: $DATA/emoji_drafts_last, $own: 2}, {source: $DATA/emoji_drafts_last_familiar, $own: 1.5}, \
+    {source: $DATA/emoji_drafts_scenes, $own: $3}, {source: $DATA/emoji_natural, weight: 3.5}, \
+    {source: $DATA/emoji_1024, weight: 1.5}, {source: $DATA/emoji_scenes_256, weight: 1}]" "${@:4}"
+}
+upsampler upsampler_256 "$START/upsampler_256" 2.5 train.steps=1500 train.seed=25
+upsampler upsampler_256_more "$RUNS/upsampler_256/model" 4 train.steps=1100 train.seed=27
+
+bundle --upsampler-256 "$RUNS/upsampler_256_more/model" --upsampler-1024 "$START/upsampler_1024" --out "$OUT"
 unclip fit-pca --overwrite --model "$OUT" --data "$DATA/emoji_natural" --samples 1550
 python examples/emoji/evaluate.py --data "$DATA/emoji_natural" --model "$OUT" --names 0 --sheet "$RUNS/sheet.png"
 python examples/emoji/measure.py --data "$DATA/emoji_natural" --source "$SOURCE" --model "$OUT" --out "$RUNS/figures"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ from unclip.cli.progress import Bars
 from unclip.errors import UnclipError, UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from unclip.config import DataConfig
     from unclip.pipeline import UnCLIP
 
@@ -28,6 +31,15 @@ def drafts(
     from_image: Annotated[
         bool, typer.Option("--from-image", help="Draw from the picture's own CLIP embedding, not from its caption.")
     ] = False,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=255,
+            help="Leave out drawings that differ by more from the picture, reduced to their size: "
+            "root of the mean squared difference, in levels of 256.",
+        ),
+    ] = None,
     changes: opt.DataChanges = None,
     seed: opt.Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn together.")] = 16,
@@ -39,6 +51,8 @@ def drafts(
     An upsampler that is trained on them (data.source=FOLDER, data.low_column=draft) learns to mend what this decoder
     gets wrong. It pays off where drawings lie close to the pictures: in a small set that the decoder knows well.
     Where the data are fewer than --samples, some are drawn more than once, with other captions and other noise.
+    A drawing of something else teaches nothing but blur: --max-error leaves such pairs out. Each pair's error stands in
+    metadata.jsonl.
     """
     import torch
 
@@ -60,7 +74,9 @@ def drafts(
     )
     system.check_options(size=low_size)
     with Bars(quiet=False) as bars:
-        _write(system, config, out, samples, low_size, from_image, seed, batch_size, bars)
+        kept = _write(system, config, out, samples, low_size, from_image, max_error, seed, batch_size, bars)
+    if kept < samples:
+        print(f"{kept} of {samples} pairs kept; the others differ by more than {max_error:g} levels", file=sys.stderr)
     print(out)
 
 
@@ -71,15 +87,16 @@ def _write(
     samples: int,
     low_size: int,
     from_image: bool,
+    max_error: float | None,
     seed: int,
     batch_size: int,
     bars: Bars,
-) -> None:
-    """The folder of data.source's layout: images/, drafts/ and metadata.jsonl, whole or not at all."""
+) -> int:
+    """The folder of data.source's layout: images/, drafts/ and metadata.jsonl, whole or not at all. How many pairs."""
     from unclip.bundle import replacing
     from unclip.data import build_batches, to_pil
 
-    batches = build_batches(config, batch_size=min(batch_size, samples), seed=seed)
+    batches, kept = build_batches(config, batch_size=min(batch_size, samples), seed=seed), 0
     try:
         with replacing(out) as folder:
             for name in ("images", "drafts"):
@@ -91,16 +108,34 @@ def _write(
                         raise UsageError(f"{config.source!r} holds embeddings without pictures; name pictures")
                     count = min(batch_size, samples - done)
                     drawn = _draw(system, batch, count, low_size, from_image, seed + done)
+                    errors = _errors(batch["image"][:count], drawn)
                     for i in range(count):
+                        if max_error is not None and errors[i] > max_error:
+                            continue
+                        kept += 1
                         file = f"{done + i:06d}.png"
                         to_pil(batch["image"][i]).save(folder / "images" / file)
                         to_pil(drawn[i]).save(folder / "drafts" / file)
-                        line = {"file_name": f"images/{file}", "draft": f"drafts/{file}"}
-                        line["caption"] = batch["caption"][i]
+                        line: dict[str, Any] = {"file_name": f"images/{file}", "draft": f"drafts/{file}"}
+                        line |= {"caption": batch["caption"][i], "error": round(errors[i], 2)}
                         lines.write(json.dumps(line, ensure_ascii=False) + "\n")
                     bars("drafts", done + count, samples)
+            if not kept:
+                raise UnclipError(
+                    f"none of {samples} drawings is within --max-error {max_error:g} of its picture; "
+                    "allow more, or name a model that draws these pictures"
+                )
     except OSError as error:
         raise UnclipError(f"cannot write {out}: {error.strerror or error}") from error
+    return kept
+
+
+def _errors(pictures: Tensor, drawn: Tensor) -> list[float]:
+    """Root mean square difference of each drawing from its picture reduced by area, in levels of 256."""
+    from torch.nn.functional import interpolate
+
+    small = interpolate(pictures, drawn.shape[-2:], mode="area")
+    return ((small - drawn.cpu()).square().mean((1, 2, 3)).sqrt() * 127.5).tolist()
 
 
 def _draw(system: UnCLIP, batch: dict[str, Any], count: int, size: int, from_image: bool, seed: int) -> Any:

@@ -134,7 +134,8 @@ def decode(
     sampling = options.given(size=size, **solving.given())
     setting = Setting.of(drawing, sampling)
     system = setting.load()
-    rows = check_embeddings(array, system.clip.embedding_dim)
+    unit = system.decoder.config.embedding_length == "unit"
+    rows = check_embeddings(array, system.clip.embedding_dim, unit_length=unit)
     jobs = [
         Job(f"{embeddings.stem} {row}", drawing.seed + i, extra={"embeddings": str(embeddings), "row": row})
         for row in range(len(rows))

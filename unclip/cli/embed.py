@@ -36,6 +36,13 @@ def embed(
     clip: Annotated[
         str | None, typer.Option(help="A CLIP by itself, as a run's `clip` names it, in the place of --model.")
     ] = None,
+    raw_length: Annotated[
+        bool,
+        typer.Option(
+            "--raw-length",
+            help="Leave pictures' embeddings as long as the CLIP makes them; Karlo's decoder reads these.",
+        ),
+    ] = False,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -74,7 +81,8 @@ def embed(
 ) -> None:
     """Write CLIP embeddings.
 
-    Of pictures: a .npy file, float32 (N, E), of unit length, in the order given; `unclip decode` takes it.
+    Of pictures: a .npy file, float32 (N, E), of unit length unless --raw-length is given, in the order given; `unclip
+    decode` takes it.
 
     Of a data set (--dataset): a folder that data.source takes, from which a prior or a decoder trains without the CLIP.
     Started by torchrun or deepspeed the processes share the work. Entered again, it goes on where it was killed.
@@ -92,8 +100,10 @@ def embed(
         raise UsageError("--model and --clip both name a CLIP; give one of them")
     model = "emoji" if model is None else model
     if dataset is None:
-        _embed_pictures(images or [], out, model, clip, device, overwrite)
+        _embed_pictures(images or [], out, model, clip, device, overwrite, unit_length=not raw_length)
         return
+    if raw_length:
+        raise UsageError("--raw-length is for pictures; the embeddings of a data set are as the CLIP makes them anyway")
     from unclip.config import DataConfig, load_overrides
 
     if overwrite:
@@ -118,7 +128,14 @@ def _refuse_of_data_sets(**given: Any) -> None:
 
 
 def _embed_pictures(
-    images: list[Path], out: Path, model: str, clip_name: str | None, device: str, overwrite: bool
+    images: list[Path],
+    out: Path,
+    model: str,
+    clip_name: str | None,
+    device: str,
+    overwrite: bool,
+    *,
+    unit_length: bool,
 ) -> None:
     if out.suffix.lower() != ".npy":
         raise UsageError(f"--out {out} is no .npy file")
@@ -132,7 +149,7 @@ def _embed_pictures(
     rows = []
     for start in range(0, len(images), _BATCH):
         pixels = image_pixels(images[start : start + _BATCH], clip.image_size, clip.device)
-        rows.append(clip.encode_image(pixels).cpu().numpy())
+        rows.append(clip.encode_image(pixels, unit_length=unit_length).cpu().numpy())
     array = np.concatenate(rows).astype(np.float32)
     write_atomically(out, lambda stream: np.save(stream, array, allow_pickle=False), replace=overwrite)
     print(out)

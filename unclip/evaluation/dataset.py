@@ -178,7 +178,10 @@ def fingerprint(config: DataConfig) -> str:
 
     A data set of the Hub is told by its name and split alone.
     """
-    chosen = ("source", "split", "image_column", "caption_column", "holdout", "part", "synthetic", "filter")
+    chosen = (
+        "source", "split", "streaming", "image_column", "caption_column", "key_column", "holdout", "part", "synthetic",
+        "filter",
+    )  # fmt: skip
     body = {name: value for name, value in config.model_dump(mode="json").items() if name in chosen}
     known = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
     path = Path(config.source).expanduser()

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unclip.data.images import to_float
+from unclip.digest import digest
 from unclip.evaluation.dataset import EvaluationData, Sample
 from unclip.evaluation.features import Arrays, Extractor, Lpips
 from unclip.evaluation.metrics import clip_diversity, structural_similarity
 from unclip.evaluation.pieces import Pieces, Share
 from unclip.geometry import peak_signal_to_noise
 from unclip.inputs import check_seeds
-from unclip.latents import digest
 from unclip.probing import Conditioning
 
 if TYPE_CHECKING:

@@ -46,6 +46,10 @@ def start_engine(network: nn.Module, config: TrainConfig, distributed: Distribut
     import deepspeed
 
     network = network.to(distributed.device)
+    if config.precision == "bfloat16":
+        # On a GPU the engine turns autocast off around the network unless its own configuration asks for it.
+        autocast = torch.autocast(distributed.device.type, torch.bfloat16)
+        network.forward = autocast(network.forward)  # type: ignore[method-assign]
     # ZeRO-3 replaces the parameters, so their groups must be plain lists made before; norms and biases do not decay.
     decayed = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]

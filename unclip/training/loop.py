@@ -22,7 +22,7 @@ from unclip.training.metrics import Window, parameter_norm
 from unclip.training.rundir import open_run
 from unclip.training.settings import settle
 from unclip.training.state import Shards, capture, restore
-from unclip.training.step import LossFunction, Step, begin_random_state, random_state, restore_random_state
+from unclip.training.step import LossFunction, Step, begin_random_state, random_state, restore_random_state, same_kind
 from unclip.training.tracking import Tracker, stage_of
 from unclip.training.validation import Validation
 
@@ -185,11 +185,14 @@ class _Run:
         own = shards.own
         self.step = int(own["step"])
         set_schedule(self.engine, self.step)
-        if same:
+        if same and same_kind(own["random"], self.generator):
             restore_random_state(own["random"], self.generator)
-            self.window.load_state_dict(own["window"])
         else:
             begin_random_state(self.config.seed, self.step, self.generator, self.distributed)
+            if same:
+                self.notes.append("the checkpoint is of another kind of device: other noise from here on")
+        if same:
+            self.window.load_state_dict(own["window"])
         self.skips.total, self.skips.in_a_row = own["skipped"]
         self.batches.load_state_dict([file["data"] for file in shards.files])
         self.notes.append(f"continuing {self.folder} from step {self.step}")

@@ -27,8 +27,9 @@ class EmbeddingMemo:
     """`encode_text` and `encode_image` of a FrozenCLIP, remembering up to `size` answers of each kind; `image_of` and
     `text_of` of a batch, whose stored features come before the CLIP's.
 
-    Keyed by the caption and by the picture's bytes, so that it is right for augmented pictures too (and useless for
-    them). Image embeddings have unit length, or the CLIP's own. `texts` encodes captions in the CLIP's place.
+    They are kept in the computer's memory, not a GPU's. Keyed by the caption and by the picture's bytes, so that it is
+    right for augmented pictures too (and useless for them). Image embeddings have unit length, or the CLIP's own.
+    `texts` encodes captions in the CLIP's place.
     `stored` describes the data where they are embeddings; what they hold is then never asked of the CLIP, and `clip`
     may be None where they hold all. `identity` tells which CLIP it is (unclip.clip_identity).
     """
@@ -121,16 +122,16 @@ class EmbeddingMemo:
         keys = [image.cpu().numpy().tobytes() for image in images]
 
         def compute(new: list[int]) -> list[Tensor]:
-            return list(self.clip.encode_image(images[new], unit_length=self.unit_length))
+            return list(self.clip.encode_image(images[new], unit_length=self.unit_length).cpu())
 
-        return torch.stack(self._recall(self._images, keys, compute))
+        return torch.stack(self._recall(self._images, keys, compute)).to(self.device)
 
     def encode_text(self, captions: Sequence[str]) -> TextFeatures:
         if not self.size:
             return self.texts.encode_text(captions)
 
         def compute(new: list[int]) -> list[TextFeatures]:
-            features = self.texts.encode_text([captions[i] for i in new])
+            features = self.texts.encode_text([captions[i] for i in new]).to("cpu")
             return [features[i] for i in range(len(features))]
 
         rows = self._recall(self._texts, list(captions), compute)
@@ -140,7 +141,7 @@ class EmbeddingMemo:
             torch.stack([row.mask for row in rows]),
             torch.stack([row.embedding for row in rows]),
             torch.stack(norms) if len(norms) == len(rows) else None,
-        )
+        ).to(self.device)
 
     def first(
         self, batches: Iterable[Mapping[str, Any]], samples: int

@@ -69,7 +69,7 @@ class Step:
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in drawn.items()
         }
-        # The one place where autocast is entered.
+        # For what stands beside the network, as the loss and the CLIP; around it start_engine has it.
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return self.loss_fn(self.engine, batch, generator)
 
@@ -84,6 +84,11 @@ def random_state(generator: torch.Generator) -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.array(keys)), int(position), int(has_gauss), float(cached)),
     }
+
+
+def same_kind(state: dict[str, Any], generator: torch.Generator) -> bool:
+    """Whether a random state is of such a generator: those of a CPU and of a GPU are not alike."""
+    return bool(state["generator"].shape == generator.get_state().shape)
 
 
 def restore_random_state(state: dict[str, Any], generator: torch.Generator) -> None:
