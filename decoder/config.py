@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from unclip.config import Config, DataConfig, DiffusionConfig, SamplerName, StepSpec, TrainConfig
 from unclip.config_latent import LatentConfig, check_latent
+from unclip.diffusion.timesteps import check_steps_exist
 from unclip.nn import UNetConfig
 
 
@@ -140,7 +141,15 @@ class DecoderConfig(Config):
     def _fits(self) -> DecoderConfig:
         if self.null_text == "clip" and self.text.kind != "clip":
             raise ValueError(f"null_text 'clip' needs text.kind 'clip', and it is {self.text.kind!r}")
+        plain = isinstance(self.unet, UNetConfig)  # a network of DALLE2-pytorch has a shape of its own
+        if plain and self.unet.image_size % self.unet.multiple:
+            raise ValueError(
+                f"unet.image_size {self.unet.image_size} is not divisible by {self.unet.multiple}: patch_size "
+                f"{self.unet.patch_size}, and {len(self.unet.channel_mult)} levels of channel_mult, of which each "
+                "halves the edge of the one before"
+            )
         check_latent(self.latent, self.diffusion.variance, "decoder")
+        check_steps_exist(self.steps, self.diffusion.timesteps)
         if self.latent is not None and self.inpainting:
             raise ValueError("inpainting keeps pixels, and this decoder works in latents; leave one of them out")
         if self.embedding_noise and self.embedding_length == "raw":
@@ -209,4 +218,24 @@ class DecoderRunConfig(Config):
     def _has_a_model(self) -> DecoderRunConfig:
         if "model" not in self.model_fields_set and self.init_from is None:
             raise ValueError("no section model; describe the network, or take that of another with init_from")
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> DecoderRunConfig:
+        model, data, latent = self.model, self.data, self.model.latent
+        if data.crop_size not in (None, data.image_size):
+            raise ValueError(f"data.crop_size is {data.crop_size}, and a decoder draws whole pictures; leave it out")
+        named = {"unet", "latent"} <= model.model_fields_set and "image_size" in model.unet.model_fields_set
+        if self.init_from is not None and not named:
+            return self  # the checkpoint has the rest; the run checks again
+        if latent is None and data.image_size != model.image_size:
+            raise ValueError(
+                f"data.image_size is {data.image_size}, expected model.unet.image_size {model.image_size}: a decoder "
+                "is trained on pictures of its own size"
+            )
+        if latent is not None and "factor" in latent.model_fields_set and data.image_size != model.image_size:
+            raise ValueError(
+                f"data.image_size is {data.image_size}, and latents of {model.unet.image_size} with {latent.factor} "
+                f"pixels a side are pictures of {model.image_size}; make them equal"
+            )
         return self

@@ -39,6 +39,8 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
     `foreign` reads checkpoints of other projects for `init_from` (unclip.interop.folders).
     """
     config, start = with_start(config, foreign)
+    if start is not None:  # its size is known now
+        config = parse_config(DecoderRunConfig, config.model_dump(), f"the configuration, with {start.folder}")
     memo = open_memo(
         config.data,
         config.clip,
@@ -50,13 +52,9 @@ def run(config: DecoderRunConfig, distributed: Distributed, foreign: Reader | No
     widths = with_text_widths(config.model, memo.widths)
     if config.model.latent is not None:
         widths |= {"latent": with_facts(config.model.latent).model_dump()}
-    model = parse_config(type(config.model), {**config.model.model_dump(), **widths})
-    if config.data.image_size != model.image_size and model.latent is not None:
-        raise UsageError(
-            f"data.image_size is {config.data.image_size}, and latents of {model.unet.image_size} with "
-            f"{model.latent.factor} pixels a side are pictures of {model.image_size}; make them equal"
-        )
-    config = config.model_copy(update={"model": model})
+    body = {**config.model_dump(), "model": {**config.model.model_dump(), **widths}}
+    config = parse_config(DecoderRunConfig, body)  # the factor of latents is known now
+    model = config.model
     if memo.stored is None or model.text.kind != "clip":  # captions in another form than the CLIP's features
         memo.encode_with(lambda clip: CaptionEncoder(model, clip), config.clip)
     torch.manual_seed(config.train.seed)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from unclip.config import Config, DataConfig, DiffusionConfig, SamplerName, StepSpec, TrainConfig
+from unclip.diffusion.timesteps import check_steps_exist
 
 
 class TextEncoderConfig(Config):
@@ -94,11 +95,12 @@ class PriorConfig(SharedConfig):
     sampler: SamplerName = "ddpm"
 
     @model_validator(mode="after")
-    def _variance_fits(self) -> PriorConfig:
+    def _fits(self) -> PriorConfig:
         if self.diffusion.variance == "learned_range":
             raise ValueError(
                 "the prior predicts the embedding alone; diffusion.variance must be fixed_small or fixed_large"
             )
+        check_steps_exist(self.steps, self.diffusion.timesteps)
         return self
 
 

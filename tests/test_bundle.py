@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,51 @@ def test_a_failed_save_leaves_the_old_part(tmp_path: Path, monkeypatch: pytest.M
         bundle.save_part(folder, "prior", CONFIG, {"one": torch.ones(1)})
     assert set(bundle.load_weights(folder)) == set(weights())
     assert [p.name for p in tmp_path.iterdir()] == ["part"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What the system refuses to write beyond, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [50, 1000], ids=["json", "weights"])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, size: int) -> None:
+    """Both where Python writes and where safetensors does, and the folder that was there stays."""
+    folder = saved(tmp_path / "part")
+    with files_of_at_most(size), pytest.raises(UnclipError, match=r"^cannot write .*part: File too large$"):
+        saved(tmp_path / "part")
+    assert set(bundle.load_weights(folder)) == set(weights())
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+def test_a_replacement_that_is_interrupted_leaves_the_old_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = saved(tmp_path / "part"), Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == folder and not self.name.startswith(".tmp-old"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.save_part(folder, "prior", CONFIG, {"one": torch.ones(1)})
+    assert set(bundle.load_weights(folder)) == set(weights())
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+def test_a_folder_of_a_name_too_long(tmp_path: Path) -> None:
+    with pytest.raises(UnclipError, match=r"^cannot write .*: File name too long$"):
+        saved(tmp_path / ("a" * 300))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip import __version__
+from unclip import UnCLIP, __version__
 from unclip.cli.output import grid_columns, slug
 
 Run = Callable[..., tuple[int, str, str]]
@@ -122,6 +123,7 @@ def test_one_file_and_its_metadata(run_cli: Run, tiny_bundle: Path, tmp_path: Pa
     assert (code, out) == (0, f"{file}\n")
     with Image.open(file) as image:
         assert image.info == {
+            "command": "sample",
             "prompt": "red apple 苹果",
             "seed": "3",
             "model": "tiny",
@@ -256,6 +258,25 @@ def test_embed_decode_and_variations(run_cli: Run, tiny_bundle: Path, tmp_path: 
     assert code == 1 and "exists; pass --overwrite" in err
     assert run_cli("embed", files[1], "--model", tiny_bundle, "--out", out, "--overwrite")[0] == 0
     assert np.allclose(np.load(out), rows[1:2], atol=1e-5)
+    own = tmp_path / "own.npy"
+    assert run_cli("embed", *files, "--model", tiny_bundle, "--out", own, "--raw-length")[0] == 0
+    lengths = np.linalg.norm(np.load(own), axis=1, keepdims=True)
+    assert np.abs(lengths - 1).min() > 0.01 and np.allclose(np.load(own) / lengths, rows, atol=1e-5)
+    code, _, err = run_cli("embed", "--dataset", tmp_path, "--out", tmp_path / "set", "--raw-length")
+    assert code == 2 and "--raw-length is for pictures" in err
+    raw = Path(shutil.copytree(tiny_bundle, tmp_path / "raw"))
+    for part in ("prior", "decoder"):
+        described = json.loads((raw / part / "config.json").read_text())
+        described["config"]["embedding_length"] = "raw"
+        (raw / part / "config.json").write_text(json.dumps(described))
+    drawing = ["--size", 64, "--model", raw, "--out", tmp_path / "drawn"]
+    assert run_cli("decode", own, *drawing)[0] == 0
+    wanted = UnCLIP.from_pretrained(raw, device="cpu").decode(np.load(own), size=64, seed=0)
+    for picture, file in zip(wanted, sorted((tmp_path / "drawn").glob("*.png")), strict=True):
+        with Image.open(file) as kept:
+            assert np.abs(np.asarray(kept, dtype=int) - np.asarray(picture, dtype=int)).max() <= 1
+    code, _, err = run_cli("decode", out, *drawing)
+    assert code == 2 and "embeddings of length 1; this model reads them as long as its CLIP makes them" in err
 
     np.save(out, rows.astype(np.float64) * 3)
     common = ["--size", 64, "--model", tiny_bundle, "--json", "--out", tmp_path / "o"]

@@ -134,7 +134,7 @@ def test_configurations_do_not_change() -> None:
 
 
 def test_dumped_configuration_reads_back(tmp_path: Path) -> None:
-    before = load(tmp_path, "", "data.crop_size=16", "train.wandb.tags=[a]")
+    before = load(tmp_path, "", "data.image_size=72", "data.crop_size=64", "train.wandb.tags=[a]")
     text = yaml.safe_dump(before.model_dump(mode="json"))
     assert load(tmp_path, text) == before
 

@@ -153,8 +153,22 @@ def test_indexed_sources_and_nothing_usable(tiny_clip_folder: Path, clip: Frozen
     batch = _batch(tmp_path / "a", 20)
     assert "image" not in batch and batch["image_embedding"].shape == (20, 16)
     broken = write_tar(tmp_path / "b.tar", {"1": {"png": b"x", "txt": b"c"}})
-    with pytest.raises(UnclipError, match=r"no sample of the data set .* can be used: 1 broken sample"):
-        _embed(_data(broken), tiny_clip_folder, clip, tmp_path / "b")
+    (tmp_path / "there").mkdir()
+    for out in ("b/embedded", "there"):
+        with pytest.raises(UnclipError, match=r"no sample of the data set .* can be used: 1 broken sample"):
+            _embed(_data(broken), tiny_clip_folder, clip, tmp_path / out)
+    assert not (tmp_path / "b").exists() and not list((tmp_path / "there").iterdir())
+    # The last process was not the one that met the broken sample: it tells what the other has noted.
+    pair = write_tar(tmp_path / "pair" / "0.tar", {"1": {"png": b"x", "txt": b"c"}}).parent
+    write_tar(pair / "1.tar", {"2": {"png": b"x", "txt": b"c"}})
+    config = _data(pair, streaming=True)
+    first = _embed(config, tiny_clip_folder, clip, tmp_path / "c", rank=0, world_size=2)
+    assert (first.written, first.rows) == (1, 0)
+    _embed(config, tiny_clip_folder, clip, tmp_path / "d", rank=1, world_size=2)
+    shutil.copytree(tmp_path / "d" / "00001-00000", tmp_path / "c" / "00001-00000")
+    with pytest.raises(UnclipError, match="can be used: 1 broken sample was skipped"):
+        _embed(config, tiny_clip_folder, clip, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_another_clip_is_refused(
@@ -313,12 +327,15 @@ def test_the_command(run_cli: Run, stored: tuple[Path, Path], tiny_clip_folder: 
     for wrong, words in (
         ((*command, "--out", tmp_path / "x.npy"), "is a file; the embeddings of a data set are a folder"),
         ((*command, "--out", tmp_path / "y", "--set", "sauce=3"), "unknown key 'sauce'; did you mean 'source'"),
+        ((*command, "--out", tmp_path / "y", "--set", "image_size=32"), "--image-size says at which edge the CLIP"),
+        ((*command, "--out", tmp_path / "y", "--set", "restyle=1"), "data.restyle changes the picture in training"),
         ((*command,), "name what to write"),
         (("embed", "--out", tmp_path / "z.npy"), "name either pictures or a data set"),
         ((*command, "a.png", "--out", tmp_path / "z"), "name either pictures or a data set"),
     ):
         code, _, err = run_cli(*wrong)
         assert code == 2 and words in err, err
+    assert not (tmp_path / "y").exists()
 
 
 def test_a_prior_trains_without_the_clip(stored: tuple[Path, Path], tiny_clip_folder: Path, tmp_path: Path) -> None:

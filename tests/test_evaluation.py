@@ -19,9 +19,10 @@ from helpers_evaluation import SIZE, data, evaluation, extractor, write_folder
 from helpers_html import Page
 from PIL import Image
 
+from unclip.data.fingerprint import fingerprint
 from unclip.errors import UnclipError, UsageError
 from unclip.evaluation import evaluate, measure_memorisation
-from unclip.evaluation.dataset import PIECE, fingerprint
+from unclip.evaluation.dataset import PIECE
 from unclip.evaluation.drawing import Read, SampleFeatures
 from unclip.evaluation.metrics import frechet_distance
 from unclip.evaluation.pieces import Pieces, Share

@@ -41,6 +41,10 @@ def test_of_a_data_set_the_first_caption_that_is_cut_is_told_and_of_prompts_each
         cuts.give("red star", "CLIP's", 77)
         cuts.give("blue ring", "CLIP's", 77)
     assert [str(one.message).split("dropped: ")[1] for one in told] == ["'red star'", "'blue ring'"]
+    with pytest.warns(CaptionCut) as told:
+        cuts.give("x" * 100, "CLIP's", 77)
+        cuts.give("red " * 10_000, "CLIP's", 77)
+    assert [str(one.message).split("dropped: ")[1] for one in told] == [f"'{'x' * 100}'", f"'{('red ' * 25).strip()}…'"]
     cuts = CutNotices()
     cuts.first_only = True
     assert not cuts.over

@@ -58,7 +58,7 @@ def test_command_and_batches(
     told = []
     for size in (1, 4, 11):
         out = tmp_path / str(size)
-        code, shown, error = run_cli("prior-metrics", *common, "--batch-size", size, "--out", out, "--json")
+        code, shown, error = run_cli("prior-metrics", *common, "--batch-size", size, "--out", out, "--json", "-q")
         assert code == 0, error
         told.append(json.loads(shown))
         assert json.loads((out / "report.json").read_text()) == told[-1]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from unclip import UnCLIP, UnclipError, UsageError
 from unclip.cli.several import spread
-from unclip.data.lettering import labelled_sheet, stick_label
+from unclip.data.lettering import check_letters, labelled_sheet, stick_label
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -186,6 +186,19 @@ def test_options_of_several_values(arguments: str, expected: str) -> None:
 def file(tmp_path: Path) -> Path:
     picture(80).save(tmp_path / "orange.png")
     return tmp_path / "orange.png"
+
+
+def test_letters_that_a_font_has_not_are_named() -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    for text in ("猫 犬", "猫"):
+        for given in (None, font):
+            with pytest.raises(UsageError, match=r"has no letters for '猫'.*--font"):
+                stick_label(picture(), text, font=given)
+    assert stick_label(picture(), "Ünïçödé Привет", font=font).size == picture().size
+    with pytest.raises(UsageError, match=r"Pillow's own font has no letters for 'П', .* and 2 more; name one"):
+        stick_label(picture(), "Приветствуйм")
+    check_letters("pizza, 50 %!\n“fox…” \u00a0\u200d")
 
 
 def test_the_commands_write_one_sheet_each(tiny_bundle: Path, file: Path, tmp_path: Path, run_cli: Run) -> None:

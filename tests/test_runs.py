@@ -278,6 +278,24 @@ def test_plots_are_pictures_with_curves(tmp_path: Path, run_cli: Cli) -> None:
     assert not list(tmp_path.rglob(".tmp*"))
 
 
+def test_a_plot_replaces_nothing_unasked(tmp_path: Path, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, kept = metrics(tmp_path / "run"), tmp_path / "precious.png"
+    kept.write_bytes(b"precious")
+    code, out, err = run_cli("plot", run, "--out", kept)
+    assert (code, out, kept.read_bytes()) == (1, "", b"precious") and "exists; pass --overwrite" in err
+    assert run_cli("plot", run, "--out", kept, "--overwrite") == (0, f"{kept}\n", "")
+    drawn = kept.read_bytes()
+
+    def full(_self: object, file: Path, **_: object) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    code, _, err = run_cli("plot", run, "--out", kept, "--overwrite")
+    assert code == 1 and "precious.png cannot be written: No space left on device" in err
+    assert kept.read_bytes() == drawn and not list(tmp_path.glob(".tmp*"))
+
+
 def test_panels_hold_what_belongs_together() -> None:
     keys = ["mse", "loss", "loss_q0", "loss_q3", "lr", "validation_loss", "cos_text_real", "grad_norm", "mfu", "vb_q1"]
     assert [panel.keys for panel in arrange(keys)] == [
@@ -316,7 +334,7 @@ def test_bad_input_to_plot(tmp_path: Path, run_cli: Cli, monkeypatch: pytest.Mon
         ((empty, "--out", out), 1, f"{empty} is no run: it has no metrics.jsonl; `unclip runs FOLDER` lists"),
         ((tmp_path / "nowhere", "--out", out), 1, f"there is no run {tmp_path / 'nowhere'}"),
         ((run, "--smooth", "1.5", "--out", out), 2, "less than or equal to 0.999"),
-        ((run, "--out", run / "metrics.jsonl" / "x.png"), 2, "cannot be written"),
+        ((run, "--out", run / "metrics.jsonl" / "x.png"), 1, "metrics.jsonl is not a folder"),
     ):
         got, printed, err = run_cli("plot", *arguments)
         assert (got, printed) == (code, "") and expected in err and len(err.splitlines()) == 1, err

@@ -18,6 +18,7 @@ from unclip.assemble import assemble
 from unclip.bundle import STATISTICS, read_statistics, save_statistics
 from unclip.clip import FrozenCLIP
 from unclip.config import EpsilonStatistics, parse_config
+from unclip.data import build_batches
 from unclip.errors import UnclipError, UsageError
 from unclip.training import Distributed
 
@@ -146,6 +147,38 @@ def test_training_an_analytic_prior_ends_with_its_statistics(
     assert found is not None and found.samples == 64 and found.timesteps == tuple(range(20))
     text = FrozenCLIP.load(str(tiny_clip_folder)).encode_text(["red circle"])
     assert bool(torch.isfinite(PriorStage.load(folder).sample(text, [0])).all())
+
+
+def test_an_autoregressive_priors_codes_are_of_exact_embeddings(
+    tiny_clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in bfloat16 keeps the CLIP out of autocast, as rounded embeddings fall into other buckets."""
+    seen: list[torch.Tensor] = []
+
+    def spy(*arguments: Any) -> dict[str, torch.Tensor]:
+        seen.append(arguments[3])
+        return {"loss": arguments[3].square().mean(1)}
+
+    def one_step(_network: Any, loss_fn: Any, batches: Any, *_: Any, **__: Any) -> Path:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss_fn(None, next(batches), torch.Generator())
+        return tmp_path / "model"
+
+    monkeypatch.setattr(prior.train, "autoregressive_loss", spy)
+    monkeypatch.setattr(prior.train, "fit", one_step)
+    model = {"kind": "autoregressive", "width": 16, "depth": 1, "heads": 2, "components": 4, "buckets": 8}
+    run = {
+        "clip": str(tiny_clip_folder),
+        "statistics_batches": 1,
+        "model": model,
+        "data": {"source": "synthetic", "image_size": 16, "synthetic": {"size": 64}},
+        "train": {"run_dir": str(tmp_path / "run"), "batch_size": 4, "precision": "bfloat16"},
+    }
+    config = parse_config(PriorRunConfig, run)
+    prior.train.run(config, Distributed(0, 1, torch.device("cpu")))
+    batch = next(build_batches(config.data, batch_size=4, seed=config.train.seed))
+    exact = FrozenCLIP.load(str(tiny_clip_folder)).encode_image(batch["image"])
+    assert torch.equal(seen[0], exact)
 
 
 def test_what_cannot_be_measured_is_refused(tiny_clip_folder: Path) -> None:

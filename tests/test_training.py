@@ -193,7 +193,8 @@ def test_wandb_is_online_when_somebody_is_logged_in(
 
     started: list[dict[str, Any]] = []
     run = SimpleNamespace(log=lambda *_a, **_o: None, finish=lambda **_o: None)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(wandb, "api", SimpleNamespace(api_key=key))
     monkeypatch.setattr(wandb, "init", lambda **options: (started.append(options), run)[1])
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -128,7 +128,7 @@ def test_one_upsampler_of_a_run_is_enough(tiny_parts: dict[str, Path]) -> None:
         ([], {}, "no image"),
         (3, {}, "type int"),
         (torch.zeros(1, 8, 8), {}, "expected \\(3, H, W\\)"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), {}, "floating point"),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), {}, "expected floats in"),
         (None, {"size": 512}, "they make 256, 1024"),
         (None, {"start": 100}, "possible: 64, 256"),
         (None, {"size": 256, "start": 256}, "possible: 64"),

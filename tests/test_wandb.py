@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from unclip.config import TrainConfig, WandbConfig
+from unclip.training.clip_config import ClipRunConfig
+from unclip.training.launch import main_for
 from unclip.training.wandb_run import WandbRun
 
 
@@ -105,6 +107,47 @@ def test_wandb_options_and_an_id_that_stays(tmp_path: Path, monkeypatch: pytest.
     assert (first["project"], first["name"], first["tags"], first["group"]) == ("p", "n", ["a", "b"], "g")
     assert first["id"] == second["id"] != elsewhere["id"] and first["resume"] == "allow"
     assert json.loads((tmp_path / "wandb.json").read_text()) == {"project": "q", "id": elsewhere["id"]}
+
+
+@pytest.mark.parametrize(("said", "chosen", "mode"), [
+    ("offline", "auto", "offline"), ("dryrun", "auto", "offline"), ("online", "auto", "online"),
+    ("run", "auto", "online"), ("shared", "auto", "shared"), ("disabled", "auto", None), ("", "auto", "online"),
+    ("disabled", "online", "online"), ("online", "offline", "offline"), ("online", "disabled", None),
+])  # fmt: skip
+def test_the_environment_decides_where_the_configuration_does_not(
+    said: str, chosen: Any, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=lambda *_a, **_o: None, finish=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **o: (seen.append(o), run)[1]))
+    monkeypatch.setenv("WANDB_MODE", said)
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    for project, expected in ((None, "theirs"), ("ours", "ours")):
+        WandbRun(tmp_path, TrainConfig(wandb=WandbConfig(mode=chosen, project=project)), {}).close()
+        if mode is None:
+            assert not seen and not list(tmp_path.iterdir())
+        else:
+            assert (seen[-1]["mode"], seen[-1]["project"], "entity" in seen[-1]) == (mode, expected, False)
+    monkeypatch.delenv("WANDB_PROJECT")
+    WandbRun(tmp_path, TrainConfig(wandb=WandbConfig(mode=chosen)), {}).close()
+    assert mode is None or seen[-1]["project"] == "unclip"
+
+
+def test_a_mode_that_does_not_exist_is_told_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("{}")
+    monkeypatch.setenv("WANDB_MODE", "of line")
+    with pytest.raises(SystemExit) as ended:
+        main_for(ClipRunConfig, lambda *_: pytest.fail("started"), "", ["--config", str(file)])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1
+    assert "WANDB_MODE is 'of line'; expected online, offline or disabled" in told
+    started: list[Any] = []
+    main_for(ClipRunConfig, lambda *a: started.append(a), "", ["--config", str(file), "train.wandb.mode=offline"])
+    assert started
 
 
 def test_offline_files_of_wandb_hold_metrics_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

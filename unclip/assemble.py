@@ -133,6 +133,10 @@ def _check(out: Path, parts: Mapping[str, Path], card: Path | None, overwrite: b
     for part in ("clip", "decoder"):
         if part not in parts:
             raise UsageError(f"a bundle needs a {part}; given: {', '.join(parts) or 'nothing'}")
+    try:
+        out.is_symlink()
+    except OSError as error:  # a name too long
+        raise UnclipError(f"cannot write {out}: {error.strerror or error}") from error
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise UnclipError(f"{out} exists and is not a folder; name another")
     if out.exists() and not overwrite:

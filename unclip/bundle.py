@@ -6,13 +6,15 @@ Nothing is ever unpickled. Every file is written under a temporary name and rena
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ PCA = "pca"
 """The part with the principal components of the CLIP's image embeddings, which a bundle may have."""
 _MODELS = Path(__file__).parent / "models"
 MAX_SHARD_BYTES = 15 * 2**20  # hosts that refuse files above 16 MiB still take every shard
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def save_part(
@@ -315,14 +319,18 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, body: dict[str, Any]) -> None:
     """Atomically."""
+    text = json.dumps(body, indent=2, ensure_ascii=False) + "\n"
     temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
-    temporary.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class replacing:
     """Context manager: fill a temporary folder, which takes the place of `folder` when the block ends without
-    an error.
+    an error. Raises UnclipError: the folder cannot be made, the disk is full.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -337,12 +345,38 @@ class replacing:
         self.temporary.chmod(0o755)  # mkdtemp's 0700 would hide the model from other users
         return self.temporary
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, *_: object) -> None:
         if kind is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
+            reason = _refused(error)
+            if reason is not None:
+                raise UnclipError(f"cannot write {self.folder}: {reason}") from cast(BaseException, error)
             return
-        old = self.folder.with_name(f".tmp-old-{os.getpid()}-{self.folder.name}")
-        if self.folder.exists():
-            self.folder.rename(old)
-        self.temporary.rename(self.folder)
+        try:
+            self._take_place()
+        except OSError as failure:
+            raise UnclipError(f"cannot write {self.folder}: {failure.strerror or failure}") from failure
+
+    def _take_place(self) -> None:
+        old = self.folder.with_name(f".tmp-old-{os.getpid()}")
+        try:
+            if self.folder.exists():
+                self.folder.rename(old)
+            self.temporary.rename(self.folder)
+        except BaseException:  # interrupted between the two: what was there before stays
+            if old.exists() and not self.folder.exists():
+                old.rename(self.folder)
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _refused(error: object) -> str | None:
+    """What the system says where it takes no more to write, for a full disk above all; safetensors has it in words."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _REFUSALS else None
+    text = str(error)
+    if type(error).__name__ != "SafetensorError" or "while serializing" not in text:
+        return None
+    found = re.search(r"I/O error: (.*?)(?: \(os error \d+\))?$", text)
+    return found.group(1) if found else text

@@ -106,7 +106,7 @@ class OptimizerConfig(Config):
     """AdamW, warm-up and decay of the learning rate."""
 
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -147,14 +147,18 @@ class GuardConfig(Config):
     compare_every: int = Field(
         500, ge=0, description="steps between comparisons of the processes' weights (ZeRO 0 to 2); 0 is before saving"
     )
-    timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others")
+    timeout_minutes: float = Field(
+        30.0, gt=0, le=525_600, description="how long a process waits for the others; at most a year"
+    )
 
 
 class WandbConfig(Config):
-    """Weights & Biases. `auto` is online when somebody is logged in and offline otherwise."""
+    """Weights & Biases. `auto` is what WANDB_MODE says; where it says nothing, online when somebody is logged in and
+    offline otherwise.
+    """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "unclip"
+    project: str | None = Field(None, description="null: what WANDB_PROJECT says, or 'unclip'")
     name: str | None = None
     tags: tuple[str, ...] = ()
     group: str | None = None
@@ -184,7 +188,7 @@ class TrainConfig(Config):
     steps: int = Field(1000, ge=1, description="optimizer steps")
     batch_size: int = Field(32, ge=1, description="samples a step over all processes and accumulation")
     accumulation: int = Field(1, ge=1, description="micro-batches a step")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=10**13, description="at most 10^13: times a million it has to fit into 64 bits")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 means autocast; parameters and EMA stay float32"
     )

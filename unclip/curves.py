@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -76,7 +77,8 @@ def draw_curves(
 
     `keys` may hold patterns (`cos_*`); empty means everything. `smooth` in [0, 1) is the weight of the past in a
     running mean, as in TensorBoard, and the values themselves stay visible behind it.
-    Raises UsageError: a key that no run has, no such folder. UnclipError: matplotlib is not installed.
+    Raises UsageError: a key that no run has, no such folder. UnclipError: matplotlib is not installed, nothing
+    can be written there.
     """
     known = list(dict.fromkeys(key for one in curves for key in one.points))
     panels = arrange(_chosen(keys, known))
@@ -102,13 +104,16 @@ def draw_curves(
         _legend(place, panel, names)
     if len(curves) == 1:
         figure.suptitle(names[0], fontsize=11)
+    temporary = out.with_name(f".tmp-{os.getpid()}-curves.png")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".tmp-{out.name}")
-        figure.savefig(temporary, dpi=100, format="png")
-        temporary.replace(out)
+        try:
+            figure.savefig(temporary, dpi=100, format="png")
+            temporary.replace(out)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise UnclipError(f"{out} cannot be written: {error.strerror or error}") from error
 
 
 def arrange(keys: Sequence[str]) -> list[Panel]:

@@ -15,7 +15,7 @@ from unclip.diffusion.samplers import repaint, sdedit, sdedit_timesteps
 from unclip.errors import UsageError
 from unclip.frames import Crop, Frame, fill_unknown, frame_around, margins, plan_frames, resize
 from unclip.geometry import slerp
-from unclip.inputs import SampleOptions, check_count, check_seeds
+from unclip.inputs import SampleOptions, check_count, check_output, check_seeds
 from unclip.masks import check_mask, dilate, feather, mask_box, read_mask, repainted_cells
 from unclip.parts import image_pixels
 from unclip.stages import Stages, heard
@@ -87,6 +87,7 @@ class Editing(Stages):
         Raises UsageError: a mask of another size, black or white everywhere, neither prompt nor embedding to go by, an
         option out of range; ImageError: a file that is no image.
         """
+        check_output(output)
         chosen, seeds = self._options(options), _seeds(seed, num_images)
         picture = _picture(image)
         height, width = picture.shape[-2:]
@@ -135,6 +136,7 @@ class Editing(Stages):
         UsageError: nothing to add, a canvas smaller than the picture or beyond 16384 pixels, an overlap outside
         (0, 1).
         """
+        check_output(output)
         chosen, seeds = self._options(options), _seeds(seed, num_images)
         picture = _picture(image)
         height, width = picture.shape[-2:]
@@ -185,6 +187,7 @@ class Editing(Stages):
         prompt, keep_embedding, options: as for `inpaint`. Raises UsageError: strength outside 0 … 1, neither prompt
         nor embedding to go by, an option out of range; ImageError: a file that is no image.
         """
+        check_output(output)
         chosen, seeds = self._options(options), _seeds(seed, num_images)
         config, count = self.decoder.config, self.decoder.process.timesteps
         spec = config.steps if chosen.decoder_steps is None else chosen.decoder_steps

@@ -58,12 +58,13 @@ class SampleOptions:
                 check_steps(value)
         to_bytes(self.memory_limit)
         interval, rescale = self.guidance_interval, self.guidance_rescale
-        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        fractions = isinstance(interval, Sequence) and len(interval) == 2 and all(map(_is_real, interval))
+        if interval is not None and not (fractions and 0 <= interval[0] <= interval[1] <= 1):
             raise UsageError(
-                f"guidance_interval is {interval}, expected two fractions of the timesteps, 0 <= low <= high <= 1"
+                f"guidance_interval is {interval!r}, expected two fractions of the timesteps, 0 <= low <= high <= 1"
             )
-        if rescale is not None and not 0 <= rescale <= 1:
-            raise UsageError(f"guidance_rescale is {rescale}, expected 0 (none) to 1")
+        if rescale is not None and not (_is_real(rescale) and 0 <= rescale <= 1):
+            raise UsageError(f"guidance_rescale is {rescale!r}, expected 0 (none) to 1")
 
     def of_decoder(self) -> dict[str, Any]:
         """Those that DecoderStage.sample takes."""
@@ -79,8 +80,8 @@ def to_bytes(memory_limit: float | None) -> int | None:
     """A memory limit in MiB as bytes. UsageError: not above 0."""
     if memory_limit is None:
         return None
-    if not 0 < memory_limit < math.inf:
-        raise UsageError(f"memory_limit is {memory_limit}, expected a number of MiB above 0")
+    if not (_is_real(memory_limit) and 0 < memory_limit < math.inf):
+        raise UsageError(f"memory_limit is {memory_limit!r}, expected a number of MiB above 0")
     return int(memory_limit * 2**20)
 
 
@@ -88,6 +89,8 @@ def check_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[st
     """One prompt or several as a list; `name` is what messages call one. UsageError: none, one that is empty or no
     text.
     """
+    if not isinstance(prompts, (str, Iterable)):
+        raise UsageError(f"the {name} is {prompts!r}, not a text")
     several = [prompts] if isinstance(prompts, str) else list(prompts)
     if not several:
         raise UsageError(f"no {name} given")
@@ -122,12 +125,24 @@ def check_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     return seeds
 
 
+def check_output(output: str) -> None:
+    """UsageError unless pictures are asked for in a form that there is."""
+    if output not in ("pil", "tensor"):
+        raise UsageError(f"output is {output!r}; expected 'pil' or 'tensor'")
+
+
 def check_count(count: int) -> None:
     """UsageError unless at least one picture is asked for."""
     if not isinstance(count, Integral):
         raise UsageError(f"num_images is {count!r}, expected a whole number")
     if count < 1:
         raise UsageError(f"num_images is {count}, expected 1 or more")
+
+
+def check_dtype(dtype: Any) -> None:
+    """UsageError unless networks can compute in it."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UsageError(f"dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16")
 
 
 def check_size(size: int, possible: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from unclip.digest import digest
 from unclip.errors import UsageError
 from unclip.frames import resize
 from unclip.geometry import peak_signal_to_noise
-from unclip.inputs import SampleOptions, Steps, check_count, check_seeds
+from unclip.inputs import SampleOptions, Steps, check_count, check_output, check_seeds
 from unclip.latents import Latents, Origin
 from unclip.parts import image_pixels
 from unclip.stages import Stages, heard
@@ -95,6 +95,7 @@ class Inversion(Stages):
         draw with `seed` too. options: size, upsampler_steps and memory_limit of SampleOptions. Raises UsageError: eta
         outside 0 … 1, guidance or steps for noise that was found without; UnclipError: another model's latents.
         """
+        check_output(output)
         chosen = self._options(options)
         refuse_sampling(chosen)
         _check_eta(eta)

@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip.errors import UsageError
 from unclip.frames import resize
 from unclip.geometry import angle_between, linear_schedule, path, slerp, text_difference
-from unclip.inputs import SampleOptions, Steps, check_prompts, check_seeds
+from unclip.inputs import SampleOptions, Steps, check_output, check_prompts, check_seeds
 from unclip.inversion import NOT_WITH_LATENTS, Inversion, refuse_sampling
 from unclip.latents import Latents
 from unclip.parts import image_pixels
@@ -98,6 +98,7 @@ class Manipulation(Inversion):
         **options: Any,
     ) -> list[Image] | Tensor:
         """The pictures of `between`, whose arguments it takes, and the options of SampleOptions."""
+        check_output(output)
         self.timings = Timings()
         latents = self.between(ends, frames=frames, seed=seed, progress=progress, **options)
         known = {name: value for name, value in options.items() if name in SampleOptions.__dataclass_fields__}
@@ -155,6 +156,7 @@ class Manipulation(Inversion):
         **options: Any,
     ) -> list[Image] | Tensor:
         """The pictures of `toward`, whose arguments it takes; options: size, upsampler_steps, memory_limit."""
+        check_output(output)
         refuse_sampling(self._options(options))
         self.timings = Timings()
         own: dict[str, Any] = {"steps": steps, "refinements": refinements, "progress": progress}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import UsageError
-from unclip.inputs import check_count, check_prompts, check_seeds
+from unclip.inputs import check_count, check_output, check_prompts, check_seeds
 from unclip.mixtures import weighted_mean
 from unclip.parts import image_pixels
 from unclip.stages import Stages
@@ -62,6 +62,7 @@ class Mixing(Stages):
         take the place of the prior's. A single image of weight 1 gives what `variations` gives, to the bit. Raises
         UsageError: nothing to mix, weights that are all 0 or not finite, embeddings that cancel each other.
         """
+        check_output(output)
         check_count(num_images)
         chosen = self._options(options)
         seeds = check_seeds([seed + i for i in range(num_images)], num_images)

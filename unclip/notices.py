@@ -10,6 +10,7 @@ from typing import Any
 
 _PACKAGES = ("unclip", "prior", "decoder", "upsamplers")
 _ROOT = Path(__file__).parents[1]
+_QUOTED = 100  # letters of a caption
 
 
 def in_lines(command: str, otherwise: Callable[..., None]) -> Callable[..., None]:
@@ -50,6 +51,7 @@ class CutNotices:
         if self.over:
             return
         self._given = True
+        dropped = dropped if len(dropped) <= _QUOTED else f"{dropped[:_QUOTED].rstrip()}…"
         if self.first_only:
             text = f"captions longer than {whose} {length} tokens are cut; the first of them lost {dropped!r}"
         else:

@@ -126,12 +126,13 @@ def load_clip(name: str | Path = BUNDLED, device: str | torch.device | None = No
 
 
 def image_pixels(images: Any, size: int, device: torch.device | str = "cpu") -> Tensor:
-    """A PIL image, a path, a list of them, or a tensor (B, 3, H, W) in [-1, 1] -> float32 (B, 3, H, W) on
-    `device`.
+    """A PIL image, a path, an array (H, W, 3) of 8 bits, a list of them, or a tensor (B, 3, H, W) in [-1, 1] or of 8
+    bits -> float32 (B, 3, H, W) on `device`.
 
-    Files and PIL images are brought to (size, size), alpha laid on white.
+    Files, PIL images and arrays are brought to (size, size), alpha laid on white. Of what is not square the middle is
+    taken, of tensors too.
     """
-    from unclip.data.images import load_image, to_rgb, to_tensor
+    from unclip.data.images import checked_pixels, picture_of, to_tensor
 
     if isinstance(images, Tensor):
         batch = images[None] if images.ndim == 3 else images
@@ -139,9 +140,11 @@ def image_pixels(images: Any, size: int, device: torch.device | str = "cpu") -> 
             raise UsageError(
                 f"an image tensor of shape {tuple(images.shape)}; expected (B, 3, H, W) in [-1, 1]"
             )
-        return batch.to(device).float()
+        batch = checked_pixels(batch)
+        edge = min(batch.shape[2:])
+        top, left = ((extent - edge) // 2 for extent in batch.shape[2:])
+        return batch[:, :, top : top + edge, left : left + edge].to(device)
     several = list(images) if isinstance(images, (list, tuple)) else [images]
     if not several:
         raise UsageError("no image given")
-    loaded = [load_image(item) if isinstance(item, (str, Path)) else to_rgb(item) for item in several]
-    return torch.stack([to_tensor(image, size) for image in loaded]).to(device)
+    return torch.stack([to_tensor(picture_of(item), size) for item in several]).to(device)

@@ -18,7 +18,9 @@ from unclip.errors import UnclipError, UsageError
 from unclip.inputs import (
     SampleOptions,
     check_count,
+    check_dtype,
     check_embeddings,
+    check_output,
     check_prompts,
     check_seeds,
     check_size,
@@ -101,6 +103,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         from prior import PriorStage
         from upsamplers import UpsamplerStage
 
+        check_dtype(dtype)
         folder = resolve_model(name, revision, parts=lambda described: needed_parts(described, size))
         manifest = read_manifest(folder)
         parts: dict[str, str] = manifest["parts"]
@@ -200,6 +203,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         the prior's embedding of it.
         Raises UsageError: an empty prompt, an impossible size, a negative prompt where no guidance is above 1.
         """
+        check_output(output)
         check_count(num_images)
         chosen = self._options(options)
         several = check_prompts(prompts)
@@ -248,6 +252,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         With `Latents` of one picture in place of the image they start from its own x_T; the option eta then says how
         much noise is drawn on the way, 0 (the picture itself) to 1 (x_T forgotten; default).
         """
+        check_output(output)
         check_count(num_images)
         chosen = self._options(options)
         if isinstance(image, Latents):
@@ -297,6 +302,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         length is brought to 1, unless the decoder takes embeddings as long as the CLIP makes them. All are drawn
         with the same seed, or with one each. Raises UsageError: wrong width, dtype, NaN, a vector of zeros.
         """
+        check_output(output)
         chosen = self._options(options)
         self.timings = Timings()
         unit = self.decoder.config.embedding_length == "unit"

@@ -7,7 +7,6 @@ on with the next piece. Processes share nothing but the folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,13 +21,15 @@ from unclip.bundle import replacing, write_json
 from unclip.clip import FrozenCLIP, TextFeatures
 from unclip.clip_identity import identify
 from unclip.config import DataConfig
-from unclip.data.embeddings import FORMAT, MANIFEST, find_embeddings, read_manifest
+from unclip.data.embedding_folder import begin, complete, described, discard, skipped
+from unclip.data.embeddings import FORMAT, find_embeddings
+from unclip.data.fingerprint import fingerprint
 from unclip.data.images import ImageError, Unwanted, to_float
 from unclip.data.making import decode_row
 from unclip.data.rows import CutRows, Reader, Row, Shards, is_sharded
 from unclip.data.sources import open_source
 from unclip.data.tally import Tally
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, UsageError
 
 _THREADS = 8
 _Decoded = tuple[Row, Tensor | None, Tensor | None]  # the row, the picture for the CLIP, the one to keep
@@ -63,9 +64,11 @@ def embed_dataset(
     default. Of several processes each does its share of the shards; the last to end completes the manifest. Entered
     again, it goes on where it was killed.
 
-    Raises UnclipError: the folder holds something else, was begun with another CLIP or other settings, or cannot be
-    written; nothing in the data can be used.
+    Raises UsageError: `config` asks for what cannot be stored; UnclipError: the folder holds something else, was begun
+    with another CLIP, other settings or data that were changed since, or cannot be written; nothing in the data can be
+    used, and then nothing is left behind.
     """
+    _check(config)
     progress = Progress()
     source = _in_shards(config, rows, progress.tally if rank == 0 else Tally())
     stored = None if config.source == "synthetic" else find_embeddings(config)
@@ -82,29 +85,45 @@ def embed_dataset(
         "raw_length": stored is None or stored.info.raw_length,
         "rows_a_piece": rows,
         "source_shards": source.num_shards,
+        "fingerprint": fingerprint(config, [folder]),
     }
-    _begin(folder, settings, clip)
+    made = begin(folder, settings, config, lambda: _null(clip))
     writer = _Writer(config, clip, folder, batch_size, size, pixels, reuses=stored is not None)
     try:
         for shard in range(rank, source.num_shards, world_size):
             reader = _ShardReader(source, shard)
             for number in range(10**6):
                 name = f"{shard:05d}-{number:05d}"
-                described = _described(folder / name)
-                if described is None:
-                    described = writer.write(name, reader, number * rows, rows, progress.tally)
+                piece = described(folder / name)
+                if piece is None:
+                    piece = writer.write(name, reader, number * rows, rows, progress.tally)
                     progress.written += 1
-                    told(f"{folder / name}: {described['rows']} samples")
+                    told(f"{folder / name}: {piece['rows']} samples")
                 else:
                     progress.found += 1
-                progress.rows += described["rows"]
-                if described["last"]:
+                progress.rows += piece["rows"]
+                if piece["last"]:
                     break
-        if _complete(folder, source.num_shards) == 0:
-            raise UnclipError(f"no sample of the data set {config.source!r} can be used: {progress.tally.report()}")
+        if complete(folder, source.num_shards) == 0:
+            why = progress.tally.report() or skipped(folder)
+            discard(folder, made)
+            raise UnclipError(f"no sample of the data set {config.source!r} can be used{f': {why}' if why else ''}")
     except OSError as error:
         raise UnclipError(f"cannot write to {folder}: {error.strerror or error}") from error
     return progress
+
+
+def _check(config: DataConfig) -> None:
+    """UsageError: a mixture, or what changes or goes beside the picture that is embedded."""
+    if config.sources:
+        raise UsageError("a mixture of several sources cannot be embedded; embed each one, and mix the folders")
+    if config.changes:
+        raise UsageError(
+            f"data.{config.changes[0]} changes the picture in training, and what is embedded is the unchanged one; "
+            "leave it out"
+        )
+    if config.low_column is not None:
+        raise UsageError(f"data.low_column is {config.low_column!r}, and no such pictures are kept; leave it out")
 
 
 def _in_shards(config: DataConfig, rows: int, tally: Tally) -> Shards:
@@ -130,47 +149,14 @@ def _settings(config: DataConfig, clip_name: str, clip: FrozenCLIP) -> dict[str,
     }
 
 
-def _begin(folder: Path, settings: dict[str, Any], clip: FrozenCLIP) -> None:
-    """Write what is known before the work, or check it against what the folder was begun with."""
-    if (folder / MANIFEST).is_file():
-        before = read_manifest(folder)
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise UnclipError(
-                    f"{folder} was begun with {name} {_short(before.get(name))}, now it is {_short(value)}; name "
-                    "another folder, or say the same as then"
-                )
-        return
-    others = ("null.npz", MANIFEST)  # of a process that begins at the same time
-    if folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith(".tmp-") and p.name not in others):
-        raise UnclipError(f"{folder} holds something else than embeddings; name a folder that is new or empty")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        null = clip.encode_text([""])
-        temporary = folder / f".tmp-{_unique()}-null.npz"
-        assert null.norm is not None
-        with temporary.open("wb") as out:
-            np.savez(
-                out,
-                tokens=null.tokens[0].cpu().numpy(),
-                mask=null.mask[0].cpu().numpy(),
-                embedding=(null.embedding * null.norm[:, None])[0].cpu().numpy(),
-            )
-        temporary.replace(folder / "null.npz")
-        write_json(folder / MANIFEST, {**settings, "complete": False})
-    except OSError as error:
-        raise UnclipError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 120 else f"{text[:117]}…"
-
-
-def _unique() -> str:
-    import uuid
-
-    return uuid.uuid4().hex[:8]
+def _null(clip: FrozenCLIP) -> dict[str, np.ndarray]:
+    """Features of the empty caption, as null.npz holds them."""
+    null = clip.encode_text([""])
+    assert null.norm is not None
+    embedding = (null.embedding * null.norm[:, None])[0]
+    return {
+        "tokens": null.tokens[0].cpu().numpy(), "mask": null.mask[0].cpu().numpy(), "embedding": embedding.cpu().numpy()
+    }  # fmt: skip
 
 
 class _ShardReader:
@@ -195,35 +181,6 @@ class _ShardReader:
         if self._reader is not None and not self._ahead:
             self._ahead = self._reader.read(1)
         return not self._ahead
-
-
-def _described(piece: Path) -> dict[str, Any] | None:
-    """shard.json of a piece that was written whole."""
-    try:
-        described: dict[str, Any] = json.loads((piece / "shard.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return described
-
-
-def _complete(folder: Path, shards: int) -> int | None:
-    """Name all pieces in the manifest, if all are there: of several processes the last one finds them so. Returns the
-    number of samples then, else None."""
-    pieces = []
-    for shard in range(shards):
-        for number in range(10**6):
-            name = f"{shard:05d}-{number:05d}"
-            described = _described(folder / name)
-            if described is None:
-                return None
-            if described["rows"]:
-                pieces.append({"name": name, "rows": described["rows"], "captions": described["captions"]})
-            if described["last"]:
-                break
-    rows, captions = (sum(piece[name] for piece in pieces) for name in ("rows", "captions"))
-    body = {**read_manifest(folder), "complete": True, "rows": rows, "captions": captions, "shards": pieces}
-    write_json(folder / MANIFEST, body)
-    return rows
 
 
 class _Writer:
@@ -256,11 +213,12 @@ class _Writer:
             self._add(piece, found, tally)
             found = following
         last = reader.ended()
-        described = {"rows": len(piece.keys), "captions": len(piece.masks), "read": count, "last": last}
+        counts = {"rows": len(piece.keys), "captions": len(piece.masks), "read": count, "last": last}
+        about: dict[str, Any] = counts if piece.keys else {**counts, "skipped": tally.report()}
         with replacing(self.folder / name) as temporary:
             piece.save(temporary, self.clip)
-            write_json(temporary / "shard.json", described)
-        return described
+            write_json(temporary / "shard.json", about)
+        return about
 
     def _ahead(self, rows: list[Row]) -> list[tuple[Row, Future[_Decoded | ImageError | Unwanted]]]:
         """Begin to decode."""

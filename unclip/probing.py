@@ -271,12 +271,10 @@ class Probing(Stages):
 
 def _one_picture(image: Any) -> Image:
     """A PIL image, a path, or a tensor (3, H, W) or (1, 3, H, W) in [-1, 1] as an RGB picture."""
-    from unclip.data.images import load_image, to_pil, to_rgb
+    from unclip.data.images import checked_pixels, picture_of, to_pil
 
-    if isinstance(image, Tensor):
-        return to_pil(image_pixels(image, 0)[0])
-    if isinstance(image, (str, Path)):
-        return load_image(image)
-    if not hasattr(image, "convert"):
-        raise UsageError(f"an image of type {type(image).__name__}; expected a path, a PIL image or a tensor")
-    return to_rgb(image)
+    if not isinstance(image, Tensor):
+        return picture_of(image)
+    if tuple(image.shape[:-2]) not in ((3,), (1, 3)):
+        raise UsageError(f"an image tensor of shape {tuple(image.shape)}; expected (3, H, W) in [-1, 1]")
+    return to_pil(checked_pixels(image).reshape(image.shape[-3:]))

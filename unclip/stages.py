@@ -72,7 +72,9 @@ class Stages:
         model's decoder takes: 1, unless it was trained on the CLIP's own, as Karlo's was.
         """
         unit = self.decoder.config.embedding_length == "unit" if unit_length is None else unit_length
-        return self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device), unit_length=unit)
+        embedding = self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device), unit_length=unit)
+        check_finite(embedding, "clip")
+        return embedding
 
     def check_options(self, **options: Any) -> None:
         """UsageError, UnclipError: options of `sample` that this model cannot follow."""
@@ -242,6 +244,8 @@ class Stages:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.timings.seconds[name] = self.timings.seconds.get(name, 0.0) + time.perf_counter() - start
+        if isinstance(result, Tensor):
+            check_finite(result, name, self.dtype if lower else torch.float32)
         return result
 
     @staticmethod
@@ -249,6 +253,14 @@ class Stages:
         from unclip.data import to_pil
 
         return images if output == "tensor" else [to_pil(image) for image in images.cpu()]
+
+
+def check_finite(result: Tensor, stage: str, dtype: torch.dtype = torch.float32) -> None:
+    """UnclipError where a stage made what is no picture and no embedding."""
+    if not bool(torch.isfinite(result).all()):
+        kind = str(dtype).removeprefix("torch.")
+        mend = "its weights are damaged" if dtype == torch.float32 else f"{kind} may be too coarse for it, try float32"
+        raise UnclipError(f"the {stage} made NaN or infinite values; {mend}")
 
 
 def heard(stage: str, progress: Progress | None) -> Any:

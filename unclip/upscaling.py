@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from unclip.bundle import BUNDLED, MANIFEST, PARTS, read_manifest, resolve_model
-from unclip.errors import UnclipError, UsageError
-from unclip.inputs import check_seeds, resolve_device, to_bytes
+from unclip.errors import UsageError
+from unclip.inputs import check_dtype, check_output, check_seeds, resolve_device, to_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,6 +88,7 @@ class Upscaling:
         from unclip.data.images import to_pil
         from upsamplers.upscale import upscale_picture
 
+        check_output(output)
         known = ("start", "steps", "noise_level", "memory_limit")
         for name in options:
             if name not in known:
@@ -129,6 +130,7 @@ class Upscaling:
         from unclip.data.images import to_pil
         from upsamplers.upscale import check_reach
 
+        check_output(output)
         sizes = [stage.config.high_size for stage in self.upsamplers]
         largest = check_reach(sizes, None)
         start = options.pop("start", None)
@@ -195,6 +197,7 @@ class Upscaler(Upscaling):
         from upsamplers import UpsamplerStage
         from upsamplers.upscale import check_reach
 
+        check_dtype(dtype)
         folder = resolve_model(
             name, revision, lambda described: _upsamplers_for(described, size), upsamplers_alone=True
         )
@@ -254,22 +257,12 @@ def _fit(drawn: Tensor, picture: Any) -> Tensor:
 
 
 def pictures_from(images: Any) -> list[Any]:
-    """RGB pictures or tensors (3, H, W), from one or several of them or paths."""
-    from unclip.data.images import load_image, to_rgb
+    """RGB pictures or tensors (3, H, W) in [-1, 1], from one or several of them, arrays of 8 bits or paths."""
+    from unclip.data.images import checked_pixels, picture_of
 
     if isinstance(images, Tensor) and images.ndim == 4:
         images = list(images)
     several = list(images) if isinstance(images, (list, tuple)) else [images]
     if not several:
         raise UsageError("no image given")
-    loaded: list[Any] = []
-    for one in several:
-        if isinstance(one, (str, Path)):
-            loaded.append(load_image(one))
-        elif isinstance(one, Tensor):
-            loaded.append(one)
-        elif hasattr(one, "convert"):
-            loaded.append(to_rgb(one))
-        else:
-            raise UnclipError(f"an image of type {type(one).__name__}; expected a path, a PIL image or a tensor")
-    return loaded
+    return [checked_pixels(one) if isinstance(one, Tensor) else picture_of(one) for one in several]

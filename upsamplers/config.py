@@ -18,8 +18,7 @@ from unclip.config import (
     count_steps,
 )
 from unclip.config_latent import LatentConfig, check_latent
-from unclip.diffusion import timesteps_from
-from unclip.errors import UsageError
+from unclip.diffusion.timesteps import check_steps_exist, timesteps_from
 from unclip.nn import UNetConfig
 from unclip.nn.config import EfficientUNetConfig
 from upsamplers.corruption_config import (
@@ -179,15 +178,7 @@ class UpsamplerConfig(Config):
             raise ValueError("sampler analytic needs statistics, which upsamplers do not keep; use ddim or ddpm")
         if self.eta and self.sampler in DETERMINISTIC:
             raise ValueError(f"eta is {self.eta}, but {self.sampler} is deterministic; set eta to 0 or use ddim")
-        if self.lowest_timestep + count_steps(self.steps) > self.diffusion.timesteps:
-            raise ValueError(
-                f"{count_steps(self.steps)} steps from timestep {self.lowest_timestep} up do not fit into "
-                f"{self.diffusion.timesteps} timesteps"
-            )
-        try:
-            timesteps_from(self.steps, self.diffusion.timesteps, lowest=self.lowest_timestep)
-        except UsageError as error:
-            raise ValueError(str(error)) from error
+        check_steps_exist(self.steps, self.diffusion.timesteps, self.lowest_timestep)
         if self.last_step_network and count_steps(self.steps) < 2:
             raise ValueError("last_step_network needs steps 2 or more: one step is the first and the last at once")
         largest = self.noise_augmentation or 0

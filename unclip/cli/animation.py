@@ -35,14 +35,15 @@ Fps = Annotated[float, typer.Option(help="Frames a second of the moving picture.
 class Animations:
     """Decides before anything is drawn whether the moving pictures can be written, and writes them.
 
-    Raises UsageError: another format than .gif, .webp or .mp4, frames a second out of range, no encoder for MP4;
-    UnclipError: a file that exists without `overwrite`, a folder that cannot be written to.
+    Raises UsageError: another format than .gif, .webp or .mp4, frames a second out of range, no encoder for MP4, a
+    file named twice; UnclipError: a file that exists without `overwrite`, a folder that cannot be written to.
     """
 
     def __init__(self, files: Sequence[Path] | None, fps: float, overwrite: bool = False) -> None:
         self.files, self.fps, self.overwrite = list(files or []), fps, overwrite
         if not 0.1 <= fps <= 100:
             raise UsageError(f"--fps is {fps:g}, expected 0.1 to 100 frames a second")
+        known: set[Path] = set()
         for file in self.files:
             suffix = file.suffix.lower()
             if suffix not in _SUFFIXES:
@@ -54,6 +55,9 @@ class Animations:
                 )
             check_free(file, overwrite)
             check_writable(file.parent)
+            if file.resolve() in known:
+                raise UsageError(f"--animate {file} is given twice; name each moving picture once")
+            known.add(file.resolve())
 
     def save(self, frames: Sequence[Image]) -> list[Path]:
         """Write all of them; returns where they are."""

@@ -13,7 +13,7 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.groups import BATCH, Decoding, Drawing, Sampling, Series, Solving
-from unclip.cli.output import PictureWriter, grid_columns, thumbnail
+from unclip.cli.output import PictureWriter, bare_name, grid_columns, thumbnail
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from unclip.pipeline import UnCLIP
 
+
+_FILES = ("embeddings", "image", "latents", "mask")
+"""What a job's record says that is a file's path."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,11 @@ class Setting:
     batch_size: int = BATCH
     columns: int = 1  # of the grid
     grid: bool = False
+    command: str = ""
 
     @classmethod
-    def of(cls, series: Series, options: dict[str, Any], columns: int | None = None) -> Setting:
-        return cls(series, options, series.batch_size, columns or series.num_images, series.grid)
+    def of(cls, command: str, series: Series, options: dict[str, Any], columns: int | None = None) -> Setting:
+        return cls(series, options, series.batch_size, columns or series.num_images, series.grid, command)
 
     def load(self) -> UnCLIP:
         """The model, without the upsamplers that the size does not need."""
@@ -99,15 +103,15 @@ def sample(
     away = opt.given(negative_prompt=negative_prompt, negative_embedding=negative_embedding or None)
     if negative_embedding and negative_prompt is None:
         raise UsageError("--negative-embedding is of a negative prompt, and none is given; add --negative-prompt")
-    jobs = [Job(text, drawing.seed + i, prompt=text) for text in prompts for i in range(drawing.num_images)]
-    writer = drawing.writer(len(prompts) * kept if kept else len(jobs))
+    writer = drawing.writer(len(prompts) * (kept or drawing.num_images))
     sampling = options.given(size=size, guidance_text=guidance_text, **solving.given())
     shown = {**sampling, **away}
-    setting = Setting.of(drawing, shown, columns=kept)
+    setting = Setting.of("sample", drawing, shown, columns=kept)
     system = setting.load()
     if kept:
         produce_best(prompts, drawing.num_images, kept, drawing.seed, {**sampling, **away}, system, setting, writer)
         return
+    jobs = [Job(text, drawing.seed + i, prompt=text) for text in prompts for i in range(drawing.num_images)]
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:
         texts = [job.prompt or "" for job in batch]
@@ -132,7 +136,7 @@ def decode(
     array = read_embeddings(embeddings)
     writer = drawing.writer((1 if array.ndim == 1 else len(array)) * drawing.num_images)
     sampling = options.given(size=size, **solving.given())
-    setting = Setting.of(drawing, sampling)
+    setting = Setting.of("decode", drawing, sampling)
     system = setting.load()
     unit = system.decoder.config.embedding_length == "unit"
     rows = check_embeddings(array, system.clip.embedding_dim, unit_length=unit)
@@ -194,9 +198,9 @@ def produce_best(
             for one in best:
                 place = {"rank": one.rank, "clip_score": round(one.score, 6), "drawn": drawn}
                 job = Job(f"{text} best {one.rank}", one.seed, prompt=text, extra=place)
-                metadata = _metadata(job, one.image, system.name, setting)
-                metadata |= {key: str(value) for key, value in place.items()}
-                path = writer.save(one.image, job.label, job.seed, metadata)
+                path = writer.save(
+                    one.image, job.label, job.seed, _metadata(job, one.image, system.name, setting)
+                )
                 _tell(_record(job, one.image, path, system.name, seconds) if setting.drawing.json_lines else str(path))
                 if setting.grid:
                     small.append(thumbnail(one.image))
@@ -228,16 +232,26 @@ def _metadata(job: Job, image: Image, name: str, setting: Setting) -> dict[str, 
     """What the PNG itself says about how it came to be; no paths, since pictures travel."""
     from unclip import __version__
 
+    edge = image.width
     text = {
+        "command": setting.command,
         "prompt": job.prompt or "",
         "seed": str(job.seed),
         "model": name,
-        "size": str(image.width),
+        "size": str(edge) if edge == image.height else f"{edge}x{image.height}",
         "unclip": __version__,
         "dtype": setting.drawing.dtype.value,
         **setting.drawing.told(),
     }
-    chosen = {key: value for key, value in setting.options.items() if key != "size"}
+    # The size asked for is the picture's own, but where a square of it is painted.
+    chosen = {
+        key: value for key, value in setting.options.items() if key != "size" or (value, value) != image.size
+    }
+    for key, value in job.extra.items():
+        if key in _FILES:
+            text[key] = bare_name(value)
+        elif key not in chosen:
+            text[key] = value if isinstance(value, str) else json.dumps(value)
     return {**text, "options": json.dumps(chosen)} if chosen else text
 
 

@@ -12,6 +12,7 @@ import typer
 from unclip.cli import options as opt
 from unclip.cli.draw import Job, Setting, produce
 from unclip.cli.groups import Sampling, Series
+from unclip.cli.output import PictureWriter
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
 
@@ -138,9 +139,10 @@ def inpaint(
     own = {**opt.given(keep_embedding=keep_embedding, context=context), "crop": crop.value}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
     shown = {**sampling, **own, **way, "dilate": dilate, "feather": feather}
-    setting = Setting.of(drawing, shown)
+    setting = Setting.of("inpaint", drawing, shown)
+    writer = drawing.writer(drawing.num_images)
     jobs = _jobs(image, "inpainted", prompt, drawing.seed, drawing.num_images, {"mask": str(mask)})
-    _run("inpaint", jobs, (picture, painted, prompt), {**sampling, **own}, way, setting)
+    _run("inpaint", jobs, writer, (picture, painted, prompt), {**sampling, **own}, way, setting)
 
 
 def outpaint(
@@ -192,9 +194,10 @@ def outpaint(
     own = {**opt.given(keep_embedding=keep_embedding, frame=frame, to=to), **sides, "overlap": overlap}
     way = opt.given(jump_length=jump_length, resamplings=resamplings)
     shown = {**sampling, **own, **way}
-    setting = Setting.of(drawing, shown)
+    setting = Setting.of("outpaint", drawing, shown)
+    writer = drawing.writer(drawing.num_images)
     jobs = _jobs(image, "outpainted", prompt, drawing.seed, drawing.num_images)
-    _run("outpaint", jobs, (picture, prompt), {**sampling, **own}, way, setting)
+    _run("outpaint", jobs, writer, (picture, prompt), {**sampling, **own}, way, setting)
 
 
 def edit(
@@ -225,9 +228,10 @@ def edit(
     prompt = _check_shown(prompts, keep_embedding)
     sampling = options.given(size=size, keep_embedding=keep_embedding)
     sampling["strength"] = strength
-    setting = Setting.of(drawing, sampling)
+    setting = Setting.of("edit", drawing, sampling)
+    writer = drawing.writer(drawing.num_images)
     jobs = _jobs(image, "edited", prompt, drawing.seed, drawing.num_images, {"strength": strength})
-    _run("edit", jobs, (picture, prompt), sampling, {}, setting)
+    _run("edit", jobs, writer, (picture, prompt), sampling, {}, setting)
 
 
 def _check_shown(prompts: Sequence[str] | None, keep_embedding: float | None) -> str | None:
@@ -253,13 +257,13 @@ def _jobs(
 def _run(
     method: str,
     jobs: Sequence[Job],
+    writer: PictureWriter,
     arguments: tuple[Any, ...],
     options: dict[str, Any],
     way: dict[str, int],
     setting: Setting,
 ) -> None:
     """Load the model, and write what its method draws, batch by batch."""
-    writer = setting.drawing.writer(len(jobs))
     system = setting.load()
     if way:
         from unclip.editing import Resampling

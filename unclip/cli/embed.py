@@ -11,6 +11,7 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.output import check_free, check_writable, write_atomically
+from unclip.cli.progress import hush_datasets
 from unclip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -144,12 +145,15 @@ def _embed_pictures(
     import numpy as np
 
     from unclip.parts import image_pixels
+    from unclip.stages import check_finite
 
     clip, _ = _load_clip(model, clip_name, device)
     rows = []
     for start in range(0, len(images), _BATCH):
         pixels = image_pixels(images[start : start + _BATCH], clip.image_size, clip.device)
-        rows.append(clip.encode_image(pixels, unit_length=unit_length).cpu().numpy())
+        embedded = clip.encode_image(pixels, unit_length=unit_length)
+        check_finite(embedded, "clip")
+        rows.append(embedded.cpu().numpy())
     array = np.concatenate(rows).astype(np.float32)
     write_atomically(out, lambda stream: np.save(stream, array, allow_pickle=False), replace=overwrite)
     print(out)
@@ -158,8 +162,14 @@ def _embed_pictures(
 def _embed_dataset(
     config: DataConfig, out: Path, model: str, clip_name: str | None, device: str, **options: Any
 ) -> None:
+    if "image_size" in config.model_fields_set:
+        raise UsageError(
+            "--set image_size is of training; --image-size says at which edge the CLIP sees pictures, --pixels at "
+            "which they are kept"
+        )
     from unclip.precompute import embed_dataset
 
+    hush_datasets(quiet=False)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     clip, name = _load_clip(model, clip_name, device)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import typer
@@ -17,14 +20,29 @@ from unclip import lean
 from unclip.errors import UnclipError
 from unclip.notices import in_lines
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 130, 143  # 128 + SIGINT, SIGTERM
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What the system refuses and nobody can help in here."""
+
+
+class _Terminated(BaseException):
+    """SIGTERM came. No SystemExit, which typer raises at a broken pipe; no Exception, which others catch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 failure, 2 wrong usage, 130 interrupted."""
-    if argv is None:  # called as the command, and not by a program
-        lean.claim_process()
-    debug, arguments = _take_debug(list(sys.argv[1:] if argv is None else argv))
+    """Run the command line; returns the exit code: 0, 1 failure, 2 wrong usage, 130 interrupted, 143 terminated."""
+    if argv is not None:
+        return _run(list(argv))
+    lean.claim_process()  # called as the command, and not by a program
+    try:
+        with _unwinding():
+            return _run(sys.argv[1:])
+    except _Terminated:
+        return _say("terminated", _TERMINATED)
+
+
+def _run(argv: list[str]) -> int:
+    debug, arguments = _take_debug(argv)
     streams = sys.stdout, sys.stderr
     with _quiet(debug):
         try:
@@ -44,22 +62,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if debug:
                 traceback.print_exc()
-            message, code = explain(error)
-            return _say(message, code)
+            if isinstance(error, OSError) and error.filename is None and not _flushed():
+                return _say(f"cannot write to stdout: {error.strerror or error}", _deaf())
+            return _say(*explain(error, arguments))
         if result == _INTERRUPTED:  # typer has caught the KeyboardInterrupt
             return _say("interrupted", _INTERRUPTED)
         return result if isinstance(result, int) else 0
 
 
-def explain(error: Exception) -> tuple[str, int]:
-    """One sentence and the exit code for an exception."""
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """Within it SIGTERM unwinds, as Ctrl-C does, so that what is half written goes away. It is left alone where
+    somebody else has a use for it.
+    """
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    own = os.getpid()
+
+    def unwind(number: int, _: FrameType | None) -> None:
+        if os.getpid() != own:  # a worker, which has nothing to clear up and would print a traceback
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        signal.signal(number, signal.SIG_IGN)  # a second one would end the clearing up
+        raise _Terminated
+
+    try:
+        signal.signal(signal.SIGTERM, unwind)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def explain(error: Exception, arguments: Sequence[str] = ()) -> tuple[str, int]:
+    """One sentence and the exit code for an exception that the command line `arguments` led to."""
     if isinstance(error, UnclipError):
         return str(error), error.exit_code
     if hasattr(
         error, "format_message"
     ):  # typer's usage errors; their module differs between typer's versions
+        if str(error).rstrip(".").endswith("is not readable"):  # typer looks before the command does
+            return f"{_sentence(str(error)).removesuffix('is not readable')}cannot be read: permission denied", 1
         context = getattr(error, "ctx", None)
-        where = f"{context.command_path} --help" if context is not None else "unclip --help"
+        where = f"{context.command_path if context is not None else _command(arguments)} --help"
         text = _sentence(error.format_message().replace("Value error, ", "")) + _received(error) + _remedy(error)
         return f"{text} (see `{where}`)", int(getattr(error, "exit_code", 2))
     if is_out_of_memory(error):
@@ -67,8 +117,19 @@ def explain(error: Exception) -> tuple[str, int]:
             "out of memory; try a smaller --size, --batch-size 1 or another --device",
             1,
         )
+    if isinstance(error, OSError) and error.errno in _OUTSIDE and error.strerror:
+        return f"{error.filename or 'cannot write'}: {error.strerror}", 1
     hint = "run with --debug for the traceback"
     return f"unexpected {type(error).__name__}: {_first_line(error)} ({hint})", 1
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command of a command line, where typer does not say which one it read."""
+    from unclip.cli.app import app
+
+    first = next((argument for argument in arguments if not argument.startswith("-")), "")
+    known = getattr(typer.main.get_command(app), "commands", {})
+    return f"unclip {first}" if first in known else "unclip"
 
 
 def _received(error: Exception) -> str:
@@ -130,8 +191,22 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+def _flushed() -> bool:
+    """Whether stdout takes what was printed."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
+
+
 def _broken_pipe() -> int:
-    """The reader has gone; nothing is left to say, not even by Python's own flush at the end."""
+    """The reader has gone; nothing is left to say."""
+    return _deaf()
+
+
+def _deaf() -> int:
+    """Keep Python's own flush at the end from telling once more that stdout takes nothing; the exit code."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1

@@ -13,6 +13,7 @@ import typer
 from unclip.cli import options as opt
 from unclip.cli.groups import BATCH, Sampling
 from unclip.cli.output import check_writable
+from unclip.cli.progress import hush_datasets
 from unclip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -273,22 +274,21 @@ class _Ready:
     """Model, data and networks, loaded in the order in which something may be wrong with them."""
 
     def __init__(
-        self,
-        asked: Measuring,
-        config: DataConfig,
-        options: dict[str, Any],
-        *,
-        drawing: bool = True,
-        small: bool = False,
-    ) -> None:
+        self, asked: Measuring, config: DataConfig, options: dict[str, Any],
+        *, drawing: bool = True, small: bool = False,
+    ) -> None:  # fmt: skip
         from unclip.bundle import read_manifest, resolve_model
         from unclip.evaluation.features import Extractor, Inception
         from unclip.evaluation.metrics import need_eval
         from unclip.evaluation.pieces import Share
+        from unclip.evaluation.real import default_cache
         from unclip.parts import bundle_sizes
 
         need_eval()
         check_writable(asked.out)
+        if not (cache := asked.cache or default_cache()).is_dir():  # one that holds all features need not be writable
+            check_writable(cache)
+        hush_datasets(asked.quiet)
         if asked.inception is not None and asked.features is not Features.inception:
             raise UsageError("--inception names weights that --features clip does not use; add --features inception")
         folder = resolve_model(asked.model)

@@ -72,7 +72,7 @@ def interpolate(
     own: dict[str, Any] = {"frames": frames, "loop": loop, "noise": noise, "steps": steps, "refinements": refinements}
     writer, films = drawing.writer(count), Animations(animate, fps, drawing.overwrite)
     shown = {**sampling, **own, "ends": names}
-    setting = Setting(drawing, shown, grid=grid)
+    setting = Setting(drawing, shown, grid=grid, command="interpolate")
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:
@@ -118,7 +118,7 @@ def textdiff(
     sampling = options.given(size=size)
     own: dict[str, Any] = {"max_theta": max_theta, "frames": frames, "steps": steps, "refinements": refinements}
     shown = {**sampling, **own, "from": base, "to": target}
-    setting = Setting(drawing, shown, grid=grid)
+    setting = Setting(drawing, shown, grid=grid, command="textdiff")
     system = setting.load()
 
     def latents(bars: Bars) -> Latents:

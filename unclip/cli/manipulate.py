@@ -12,7 +12,7 @@ import typer
 from unclip.cli import options as opt
 from unclip.cli.draw import Job, Setting, produce
 from unclip.cli.groups import Decoding, Drawing, Series, Upsampling
-from unclip.cli.output import PictureWriter, check_free, check_writable, write_atomically
+from unclip.cli.output import PictureWriter, bare_name, check_free, check_writable, write_atomically
 from unclip.cli.progress import Bars
 from unclip.errors import UsageError
 
@@ -74,7 +74,7 @@ def reconstruct(
     sampling = options.given(size=size)
     own = _inversion(steps, refinements)
     shown = {**sampling, **own}
-    setting = Setting(drawing, shown)
+    setting = Setting(drawing, shown, command="reconstruct")
     system = setting.load()
     extra: dict[str, Any] = {"image": str(image)}
     job = Job(f"{image.stem} reconstructed", seed, extra=extra)
@@ -131,21 +131,25 @@ def variations(
             raise UsageError(f"eta is {value:g}, expected 0 (the picture itself) to 1 (x_T forgotten)")
     if eta is not None and eta_sheet:
         raise UsageError("--eta and --eta-sheet exclude each other; the sheet names its own etas")
+    if latents is not None and (steps, refinements) != (None, None):
+        raise UsageError("--steps and --refinements are of an inversion, and --latents come from one; leave them out")
     if eta is None and not eta_sheet and (steps, refinements) != (None, None):
         raise UsageError("--steps and --refinements are of the inversion, which --eta and --eta-sheet alone ask for")
+    if eta_sheet and drawing.grid:
+        raise UsageError("--grid is of single pictures, and --eta-sheet is one sheet already; leave one of them out")
     source = cast(Path, image or latents)
     start = _start(image, latents)
     etas: list[Any] = list(eta_sheet or []) or ([1.0] if eta is None and latents is not None else [eta])
+    writer = drawing.writer(1 if eta_sheet else drawing.num_images)
     jobs = [
         Job(f"{source.stem} variation", drawing.seed + i, extra={"image": str(source), **opt.given(eta=one)})
         for one in etas
         for i in range(drawing.num_images)
     ]
-    writer = drawing.writer(1 if eta_sheet else len(jobs))
     sampling = options.given(size=size)
     own = _inversion(steps, refinements)
     shown = {**sampling, **(own if etas != [None] and latents is None else {}), **opt.given(eta=eta)}
-    setting = Setting.of(drawing, shown)
+    setting = Setting.of("variations", drawing, shown)
     system = setting.load()
     encoded: list[Latents] = []
 
@@ -207,6 +211,7 @@ def _eta_sheet(
     seed = jobs[0].seed
     text = {
         "command": "variations",
+        "image": bare_name(source),
         "etas": json.dumps(list(etas)),
         "seed": str(seed),
         "model": system.name,

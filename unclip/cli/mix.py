@@ -54,11 +54,11 @@ def mix(
         "mean": "spherical" if spherical else "linear",
         "text_embedding": text_embedding,
     }
+    writer = drawing.writer(drawing.num_images)
     jobs = [Job(f"{label} mix", drawing.seed + i, extra=recipe) for i in range(drawing.num_images)]
-    writer = drawing.writer(len(jobs))
     sampling = options.given(size=size)
     shown = {**sampling, **recipe}
-    setting = Setting.of(drawing, shown)
+    setting = Setting.of("mix", drawing, shown)
     system = setting.load()
 
     def draw(batch: Sequence[Job], bars: Bars) -> list[Image]:

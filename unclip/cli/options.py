@@ -48,6 +48,15 @@ def steps_option(text: str) -> Any:
         raise typer.BadParameter(str(error)) from error
 
 
+def place(text: str) -> Path:
+    """Where pictures go. An empty text would be the current folder, and a dash a folder of that name."""
+    if not text.strip():
+        raise UsageError("--out is empty; name a .png file or a folder, such as . for the current one")
+    if text == "-":
+        raise UsageError("--out - asks for stdout, where pictures are not written; name a .png file or a folder")
+    return Path(text)
+
+
 STEPS = "N|ddimN|T,T,…"
 _SAMPLING = "How it samples (default: the model's own)"
 _OUTPUT = "What is written"
@@ -179,7 +188,10 @@ MemoryLimit = Annotated[
 Out = Annotated[
     Path | None,
     typer.Option(
-        help="A .png file for one picture, else a folder (default: outputs).", rich_help_panel=_OUTPUT
+        parser=place,
+        metavar="PATH",
+        help="A .png file for one picture, else a folder (default: outputs).",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 Grid = Annotated[

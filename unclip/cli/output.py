@@ -6,6 +6,7 @@ import math
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,7 +16,14 @@ from unclip.errors import UnclipError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy", ".json")
+_OTHER_FORMATS = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".jxl", ".webp", ".avif", ".heic", ".heif", ".bmp", ".tif", ".tiff"),
+    *(".svg", ".pdf", ".eps", ".ps", ".psd", ".xcf", ".ico", ".tga", ".ppm", ".pgm", ".pnm", ".exr", ".hdr", ".qoi"),
+    *(".npy", ".npz", ".json"),
+}
+_FILMS = {".gif", ".apng", ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ogv", ".wmv"}
+_LONGEST_NAME = 255
+"""Bytes of a file's name, in every common file system."""
 _GRID_CELL = 256
 _SLUG_BYTES = 80
 
@@ -36,11 +44,12 @@ class PictureWriter:
         self.file: Path | None = None
         self.folder = Path("outputs") if out is None else out
         self._taken: set[Path] = set()
-        if out is not None and not out.is_dir():
+        if out is not None and not _is_folder(out):
             suffix = out.suffix.lower()
-            if suffix in _OTHER_FORMATS:
+            if suffix in _OTHER_FORMATS | _FILMS:
+                films = "; a moving picture is what interpolate and textdiff --animate" if suffix in _FILMS else ""
                 raise UsageError(
-                    f"--out {out} asks for {suffix}; pictures are written as .png, or into a folder"
+                    f"--out {out} asks for {suffix}; pictures are written as .png, or into a folder{films}"
                 )
             if suffix == ".png":
                 self._take_file(out, count)
@@ -70,7 +79,8 @@ class PictureWriter:
         grid = make_grid(images, columns)
         if self.file is not None:
             beside = self.file.with_name(f"{self.file.stem}-grid.png")
-            return self._write(grid, beside if self.overwrite or not beside.exists() else None, beside.stem)
+            if len(os.fsencode(beside.name)) <= _LONGEST_NAME:
+                return self._write(grid, beside if self.overwrite or not beside.exists() else None, beside.stem)
         return self._write(grid, None, "grid")
 
     def _write(self, image: Image, file: Path | None, stem: str, info: Any = None) -> Path:
@@ -101,6 +111,11 @@ def slug(text: str) -> str:
     return short or "picture"
 
 
+def bare_name(file: str | Path) -> str:
+    """A file's name as a picture may tell of it: without its folder, and as text that can be written."""
+    return Path(file).name.encode("utf-8", "replace").decode()
+
+
 def thumbnail(image: Image) -> Image:
     """A copy of at most 256 px for the grid, so that the grid of many large pictures stays small."""
     small = image.copy()
@@ -114,11 +129,23 @@ def grid_columns(count: int, num_images: int) -> int:
 
 
 def check_free(file: Path, overwrite: bool) -> None:
-    """UnclipError when the file exists and may not be replaced, or is a folder."""
-    if file.is_dir():
+    """UnclipError when the file exists and may not be replaced, is a folder, or cannot have this name."""
+    if _is_folder(file):
         raise UnclipError(f"{file} is a folder; name a file")
     if file.exists() and not overwrite:
         raise FileTaken(f"{file} exists; pass --overwrite to replace it, or name another")
+
+
+def _is_folder(path: Path) -> bool:
+    """UnclipError when nothing can have this name."""
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > _LONGEST_NAME:
+        name = path.name if len(path.name) <= 40 else f"{path.name[:40]}…"
+        raise UnclipError(f"cannot write {name}: a name of {longest} bytes; file systems take up to {_LONGEST_NAME}")
+    try:
+        return path.is_dir()
+    except OSError as error:  # a path too long
+        raise UnclipError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def check_writable(folder: Path) -> None:
@@ -137,7 +164,8 @@ def write_atomically(file: Path, dump: Callable[[BinaryIO], None], replace: bool
     """Write to a temporary name, then rename. Raises FileTaken unless `replace`, UnclipError when writing
     fails.
     """
-    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+    # No longer than other names are: the file's own may take all that the file system allows.
+    temporary = file.with_name(f".tmp-{os.getpid()}-{zlib.crc32(os.fsencode(file.name)):08x}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

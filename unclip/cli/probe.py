@@ -68,7 +68,7 @@ def typographic(
     template: Annotated[str, typer.Option(help="A caption for a label, such as 'a photo of a {}'.")] = "{}",
     width: Annotated[float, typer.Option(help="Most of the picture's width that the text takes.")] = 0.7,
     height: Annotated[float, typer.Option(help="Where its middle lies: 0 top, 1 bottom.")] = 0.5,
-    font: Annotated[Path | None, typer.Option(help="A TrueType or OpenType file; Pillow's own is Latin.")] = None,
+    font: Annotated[Path | None, typer.Option(help="A TrueType or OpenType file; Pillow's has few letters.")] = None,
     num_images: Columns = 3,
     *,
     sampling: Decoding,
@@ -80,9 +80,11 @@ def typographic(
     variations.
     """
     from unclip.data.images import load_image
-    from unclip.data.lettering import labelled_sheet
+    from unclip.data.lettering import check_letters, labelled_sheet
 
     picture = load_image(image)
+    for text in texts:
+        check_letters(text, font)  # before the model is loaded
     options = sampling.given()
     sheet = prepare("typographic", asked, options)
     with Bars(asked.quiet) as bars:

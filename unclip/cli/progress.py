@@ -7,6 +7,14 @@ from types import TracebackType
 from typing import Any
 
 
+def hush_datasets(quiet: bool) -> None:
+    """No bars of `datasets` while it prepares a data set, where none are wanted or stderr is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
 class Bars:
     """Hears `(stage, steps done, steps in all)` and draws a bar for each stage; silent where stderr is no
     terminal.

@@ -10,7 +10,7 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.groups import Place
-from unclip.cli.output import PictureWriter
+from unclip.cli.output import PictureWriter, bare_name
 from unclip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ class Sheet:
     options: dict[str, Any]
 
     def save(self, sheet: Image, label: str, shown: dict[str, Any], told: dict[str, Any] | None = None) -> None:
-        """Write the sheet and tell where it is. `shown` goes into the PNG, and with `told` into the JSON line."""
+        """Write the sheet and tell where it is. `shown` goes into the PNG, and with `told` into the JSON
+        line; of `told` the PNG has the picture's name alone."""
         from unclip import __version__
 
         text = {
@@ -79,6 +80,8 @@ class Sheet:
             "dtype": self.asked.dtype.value,
             **{key: value if isinstance(value, str) else json.dumps(value) for key, value in shown.items()},
         }
+        if told and "image" in told:
+            text["image"] = bare_name(told["image"])
         if self.options:
             text["options"] = json.dumps(self.options)
         path = self.writer.save(sheet, label, self.asked.seed, text)

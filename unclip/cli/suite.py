@@ -11,7 +11,7 @@ import typer
 from unclip.cli import options as opt
 from unclip.cli.groups import BATCH, Sampling
 from unclip.cli.output import check_writable
-from unclip.cli.progress import Bars
+from unclip.cli.progress import Bars, hush_datasets
 from unclip.errors import UnclipError, UsageError
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ def suite(
 
     wanted = suites.chosen(suites.load_suite(name), categories or [])
     _check_empty(out)
+    if data is not None:
+        hush_datasets(asked.quiet)
     trained = _trained(wanted, data, split, changes)
     if wanted.check == "identity" and data is None:
         raise UsageError(f"the suite {name!r} looks for the nearest picture of a data set; name it with --data SOURCE")
@@ -135,6 +137,7 @@ def prior_metrics(
     batch_size: Annotated[int, typer.Option(min=1, help="Drawn together; changes no figure.")] = 32,
     device: opt.Device = "auto",
     json_lines: JsonReport = False,
+    quiet: opt.Quiet = False,
 ) -> None:
     """Measure a prior on captions it has not seen, beside what is had without one, with bootstrap intervals.
 
@@ -149,6 +152,7 @@ def prior_metrics(
     from unclip.inputs import resolve_device
 
     _check_empty(out)
+    hush_datasets(quiet)
     folder = resolve_model(model)
     parts = read_manifest(folder)["parts"]
     if "prior" not in parts:

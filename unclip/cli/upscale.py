@@ -13,6 +13,7 @@ import typer
 
 from unclip.cli import options as opt
 from unclip.cli.groups import Adapted
+from unclip.cli.output import bare_name
 from unclip.cli.progress import Bars
 
 _SAMPLING = "How it samples (default: the model's own)"
@@ -107,7 +108,7 @@ def _run(command: str, images: list[Path], size: int | None, options: dict[str, 
             bars.batch(number + 1, len(pictures))
             result = method(picture, seed=place.seed, progress=bars, **options)[0]
             bars.close()
-            text = _metadata(command, system.name, result.size, options, place)
+            text = _metadata(command, source, system.name, result.size, options, place)
             label = "restored" if command == "restore" else max(result.size)
             path = writer.save(result, f"{source.stem} {label}", place.seed, text)
             seconds = {stage: round(s, 4) for stage, s in system.timings.seconds.items()}
@@ -124,13 +125,14 @@ def _run(command: str, images: list[Path], size: int | None, options: dict[str, 
 
 
 def _metadata(
-    command: str, name: str, size: tuple[int, int], options: dict[str, Any], place: Alone
+    command: str, source: Path, name: str, size: tuple[int, int], options: dict[str, Any], place: Alone
 ) -> dict[str, str]:
     """What the PNG itself says about how it came to be; no paths, since pictures travel."""
     from unclip import __version__
 
     text = {
         "command": command,
+        "image": bare_name(source),
         "seed": str(place.seed),
         "model": name,
         "size": f"{size[0]}x{size[1]}",

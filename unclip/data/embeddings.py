@@ -248,7 +248,8 @@ def check_pixels(info: EmbeddingInfo, config: DataConfig) -> None:
     if info.pixels is not None and info.pixels < config.image_size:
         raise UsageError(
             f"{info.folder} keeps pictures of {info.pixels} px and data.image_size asks for {config.image_size}; "
-            f"embed them again with --pixels {config.image_size}, or set data.image_size={info.pixels}"
+            f"embed them again with --pixels {config.image_size}, or set data.image_size={info.pixels}, which must be "
+            "the size of a decoder or an upsampler as well"
         )
     if config.changes:
         raise UsageError(

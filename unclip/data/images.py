@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from unclip.errors import UnclipError
+from unclip.errors import UnclipError, UsageError
 
 # Pillow opens far more, among them EPS, for which it starts Ghostscript: a picture must not run a program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA", "ICO")
@@ -87,6 +87,42 @@ def decode_raw(
 def load_image(path: str | Path) -> Image.Image:
     """Read the image file at `path` as an RGB picture, for the command line. Raises ImageError."""
     return decode_image(Path(path).expanduser())
+
+
+def picture_of(given: object) -> Image.Image:
+    """What a caller calls a picture, as an upright RGB one: a path, a PIL image, or 8 bits as an array (H, W),
+    (H, W, 3) or (H, W, 4). Raises ImageError: a file that cannot be read; UsageError: anything else.
+    """
+    if isinstance(given, (str, Path)):
+        return load_image(given)
+    if isinstance(given, Image.Image):
+        return to_rgb(_upright(given))
+    if isinstance(given, np.ndarray):
+        known = given.dtype == np.uint8 and given.ndim in (2, 3) and given.shape[2:] in ((), (3,), (4,))
+        if not known or not given.size:
+            raise UsageError(
+                f"an image array of {given.dtype} and shape {given.shape}; expected 8 bits and (H, W, 3), (H, W, 4) or "
+                "(H, W)"
+            )
+        return to_rgb(Image.fromarray(given))
+    raise UsageError(f"an image of type {type(given).__name__}; expected a path, a PIL image, an array or a tensor")
+
+
+def checked_pixels(images: Tensor) -> Tensor:
+    """Pictures as a tensor of any shape: floats in [-1, 1], or 8 bits, which are scaled to these. UsageError: other
+    numbers.
+    """
+    if images.dtype == torch.uint8:
+        return to_float(images)
+    if not images.is_floating_point():
+        raise UsageError(f"an image tensor of {images.dtype}; expected floats in [-1, 1], or 8 bits (torch.uint8)")
+    largest = float(images.detach().abs().max()) if images.numel() else 0.0
+    if not largest <= 2:  # NaN as well; a little beyond 1 is what resizing leaves
+        raise UsageError(
+            f"an image tensor with values up to {largest:g}; expected floats in [-1, 1] (0..255 become so by "
+            "x / 127.5 - 1), or 8 bits (torch.uint8)"
+        )
+    return images.float()
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:

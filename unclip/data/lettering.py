@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from unclip.errors import UnclipError, UsageError
+from unclip.errors import TOLD, UnclipError, UsageError
 
 _EDGE = 256
 """Pictures smaller than this are enlarged before they are written on, so that letters stay letters."""
 _SMALLEST = 8
 """Height in pixels below which letters cannot be read."""
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf", "Cs")
+"""Categories of what leaves no ink: spaces, controls, joiners, halves of characters."""
 _INK, _PAPER, _FRAME = (20, 20, 20), (255, 255, 255), (150, 150, 150)
 
 
@@ -27,6 +30,28 @@ def load_font(size: float, file: Path | None = None) -> Any:
         raise UnclipError(f"the font {file} cannot be read: {error}; expected a TrueType or OpenType file") from error
 
 
+def check_letters(text: str, font: Path | None = None) -> None:
+    """UsageError: letters that a font cannot draw, all of which would be the same box (or nothing).
+
+    A font draws those as its glyph .notdef, the one of a code point that never is a character.
+    """
+    letters = load_font(32, font)
+    nothing = _drawn("\U0010ffff", letters)
+    seen = dict.fromkeys(one for one in text if unicodedata.category(one) not in _UNSEEN)
+    missing = [repr(one) for one in seen if _drawn(one, letters) == nothing]
+    if missing:
+        more = f" and {len(missing) - TOLD} more" if len(missing) > TOLD else ""
+        name = "Pillow's own font" if font is None else f"the font {font}"
+        raise UsageError(
+            f"{name} has no letters for {', '.join(missing[:TOLD])}{more}; name one that has with --font (font=)"
+        )
+
+
+def _drawn(letter: str, letters: Any) -> tuple[Any, bytes]:
+    mask = letters.getmask(letter)
+    return mask.size, bytes(mask)
+
+
 def stick_label(
     image: Image.Image, text: str, *, width: float = 0.7, height: float = 0.5, font: Path | None = None
 ) -> Image.Image:
@@ -34,10 +59,12 @@ def stick_label(
     width lets it be.
 
     `height` is where the label's middle lies, 0 (the top edge) to 1. A picture whose shorter edge is below 256 px is
-    enlarged to that first. Raises UsageError: no text, a number outside (0, 1], a text too long to be read.
+    enlarged to that first. Raises UsageError: no text, letters that the font has not, a number outside
+    (0, 1], a text too long to be read.
     """
     if not text.strip():
         raise UsageError("the text to stick on is empty; name what CLIP is to be made to see, such as 'pizza'")
+    check_letters(text, font)
     if not 0 < width <= 1 or not 0 <= height <= 1:
         raise UsageError(f"the label's width {width:g} and height {height:g} are shares of the picture, from 0 to 1")
     scale = max(1.0, _EDGE / min(image.size))

@@ -34,6 +34,18 @@ def timesteps_from(
     return [t + lowest for t in spaced_timesteps(timesteps - lowest, count_steps(spec), spacing)]
 
 
+def check_steps_exist(spec: int | str | tuple[int, ...], timesteps: int, lowest: int = 0) -> None:
+    """For validators of configurations: ValueError where `timesteps_from` refuses."""
+    if lowest and lowest + count_steps(spec) > timesteps:
+        raise ValueError(
+            f"{count_steps(spec)} steps from timestep {lowest} up do not fit into {timesteps} timesteps"
+        )
+    try:
+        timesteps_from(spec, timesteps, lowest=lowest)
+    except UsageError as error:  # pydantic collects ValueErrors alone
+        raise ValueError(str(error)) from error
+
+
 def spaced_timesteps(timesteps: int, steps: int, spacing: Spacing = "ends") -> list[int]:
     """`steps` of the T original timesteps, ascending, as a list of indices in [0, T).
 

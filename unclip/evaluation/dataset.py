@@ -1,16 +1,11 @@
-"""The data set that a model is measured on: which samples, in which order, cut into pieces, and what tells it from
-another."""
+"""The data set that a model is measured on: which samples, in which order, cut into pieces."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,33 +167,6 @@ class EvaluationData:
         return row
 
 
-def fingerprint(config: DataConfig) -> str:
-    """What tells a data set from another, or from what it was before: its configuration, and of local files their
-    names, sizes and times of change. 16 hexadecimal digits.
-
-    A data set of the Hub is told by its name and split alone.
-    """
-    chosen = (
-        "source", "split", "streaming", "image_column", "caption_column", "key_column", "holdout", "part", "synthetic",
-        "filter",
-    )  # fmt: skip
-    body = {name: value for name, value in config.model_dump(mode="json").items() if name in chosen}
-    known = hashlib.sha256(json.dumps(body, sort_keys=True).encode())
-    path = Path(config.source).expanduser()
-    files: list[Path] = []
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file())
-    elif path.is_file():
-        files = [path]
-    elif glob.has_magic(config.source):
-        root = Path(path.anchor)
-        files = sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file())
-    for file in files:
-        about = file.stat()
-        known.update(f"{file.resolve()} {about.st_size} {about.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return known.hexdigest()[:16]
-
-
 def _cut(samples: Iterator[Sample]) -> Iterator[list[Sample]]:
     while piece := list(islice(samples, PIECE)):
         yield piece
@@ -212,5 +180,5 @@ def describe(config: DataConfig) -> dict[str, Any]:
     if config.source == "synthetic":
         return {**told, "synthetic": body["synthetic"]}
     usual = DataConfig().model_dump(mode="json")
-    others = ("image_column", "caption_column", "key_column", "filter")
+    others = ("streaming", "image_column", "caption_column", "key_column", "filter")
     return told | {name: body[name] for name in others if body[name] != usual[name]}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unclip.data.fingerprint import fingerprint
 from unclip.data.images import to_float
 from unclip.digest import digest
 from unclip.evaluation.dataset import EvaluationData, Sample
@@ -93,8 +94,6 @@ class Read:
 
     @property
     def identity(self) -> dict[str, Any]:
-        from unclip.evaluation.dataset import fingerprint
-
         return {"pictures": fingerprint(self.data.config), "size": self.size}
 
 

@@ -75,12 +75,13 @@ def evaluate(
 ) -> Report | None:
     """Do this process's share and, where all is done then, write the report to `out`; None where others are at work.
 
-    Entered again, it goes on. Raises UnclipError: `out` was begun with other settings, a package is missing.
+    Entered again, it goes on. Raises UnclipError: `out` was begun with other settings or data, a package is missing.
     """
     need_eval()
     share = Share() if share is None else share
-    begin(out, asked.settings)
-    real = RealFeatures(asked.real, asked.extractor, asked.size, cache or default_cache())
+    cache = cache or default_cache()
+    begin(out, asked.settings, asked.prompts.config, cache)
+    real = RealFeatures(asked.real, asked.extractor, asked.size, cache, out)
     samples = SampleFeatures(asked.prompts, asked.source, asked.extractor, out / "pieces", asked.lpips)
     real.make(share, lambda number: told("real pictures", number))
     samples.make(share, lambda number: told("samples", number))

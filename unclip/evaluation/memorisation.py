@@ -115,10 +115,10 @@ def measure_memorisation(
     about_data = {"train": describe(train.config), "held out": None if held_out is None else describe(held_out.config)}
     where = {**describe(prompts.config), "limit": prompts.limit}
     settings = {"source": source.identity, "prompts": where, "network": extractor.identity, "size": size, **about_data}
-    begin(out, {"kind": "memorisation", **settings})
     place = cache or default_cache()
-    known = RealFeatures(train, extractor, size, place)
-    unknown = None if held_out is None else RealFeatures(held_out, extractor, size, place)
+    begin(out, {"kind": "memorisation", **settings}, prompts.config, place)
+    known = RealFeatures(train, extractor, size, place, out)
+    unknown = None if held_out is None else RealFeatures(held_out, extractor, size, place, out)
     samples = SampleFeatures(prompts, source, extractor, out / "pieces")
     known.make(share, lambda number: told("training pictures", number))
     if unknown is not None:

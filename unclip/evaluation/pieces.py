@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from unclip.bundle import read_json, write_json
+from unclip.config import DataConfig
+from unclip.data.fingerprint import changed_since, fingerprint
 from unclip.errors import UnclipError
 
 MANIFEST = "settings.json"
@@ -84,30 +86,58 @@ class Pieces:
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
-def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write what a folder of results is made with, or compare it with what it was begun with.
+def begin(folder: Path, settings: Mapping[str, Any], data: DataConfig, cache: Path) -> None:
+    """Write what a folder of results is made with, or compare it with what it was begun with. `data` gives the
+    captions; it may hold the folder itself, and `cache`.
 
-    Raises UnclipError: the folder holds something else, was begun with other settings, or cannot be written.
+    Raises UnclipError: the folder holds something else, was begun with other settings or with data that were changed
+    since, or cannot be written.
     """
+    own = (folder, cache)
+    state = {"fingerprint": fingerprint(data, own)}
     wanted = json.loads(json.dumps({"format": FORMAT, **settings}))
     try:
         if (folder / MANIFEST).is_file():
             before = read_json(folder / MANIFEST)
-            changed = [name for name in sorted({*before, *wanted}) if before.get(name) != wanted.get(name)]
-            if changed:
-                old, new = (_short(one.get(changed[0])) for one in (before, wanted))
-                raise UnclipError(
-                    f"{folder} was begun with {changed[0]} {old}, now it is {new}; name another folder, or say the "
-                    "same as then"
-                )
+            _compare(folder, before, wanted | state, data, own)
+            if "fingerprint" not in before:
+                write_json(folder / MANIFEST, before | state)
             return
         others = [p.name for p in folder.iterdir() if not p.name.startswith(".tmp-")] if folder.is_dir() else []
         if [name for name in others if name != MANIFEST]:
             raise UnclipError(f"{folder} holds something else; name a folder that is new or empty")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / MANIFEST, wanted)
+        write_json(folder / MANIFEST, wanted | state)
     except OSError as error:
         raise UnclipError(f"cannot write to {folder}: {error.strerror or error}") from error
+
+
+def _compare(
+    folder: Path, before: dict[str, Any], wanted: dict[str, Any], data: DataConfig, own: tuple[Path, ...]
+) -> None:
+    changed = [name for name in sorted({*before, *wanted}) if before.get(name) != wanted.get(name)]
+    of_data = "fingerprint" in changed and "prompts" not in changed
+    # A folder of an earlier version says nothing of the data's files; its settings were written when it was begun.
+    if of_data and ("fingerprint" in before or changed_since(data, folder / MANIFEST, own)):
+        raise UnclipError(
+            f"files of {data.source!r} were added, changed or removed since {folder} was begun; name another folder, "
+            "or remove this one"
+        )
+    changed = [name for name in changed if name != "fingerprint"]
+    if changed:
+        old, new = _differing(before.get(changed[0]), wanted.get(changed[0]))
+        raise UnclipError(
+            f"{folder} was begun with {changed[0]} {_short(old)}, now it is {_short(new)}; name another folder, or say "
+            "the same as then"
+        )
+
+
+def _differing(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two dictionaries what is not the same in both."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old, new
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return {name: old.get(name) for name in names}, {name: new.get(name) for name in names}
 
 
 def _short(value: Any) -> str:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from unclip.bundle import write_json
+from unclip.data.fingerprint import fingerprint
 from unclip.errors import UnclipError
-from unclip.evaluation.dataset import PIECE, EvaluationData, describe, fingerprint
+from unclip.evaluation.dataset import PIECE, EvaluationData, describe
 from unclip.evaluation.features import Arrays, Extractor
 from unclip.evaluation.metrics import gaussian
 from unclip.evaluation.pieces import Pieces, Share
@@ -31,13 +32,15 @@ def default_cache() -> Path:
 
 class RealFeatures:
     """Features of a data set's pictures at `size`, in `cache` under a name made of the data set's fingerprint, the
-    network, the size and the number of samples.
+    network, the size and the number of samples. `out` may lie in the data's folder, as `cache` may.
     """
 
-    def __init__(self, data: EvaluationData, extractor: Extractor, size: int, cache: Path) -> None:
+    def __init__(
+        self, data: EvaluationData, extractor: Extractor, size: int, cache: Path, out: Path | None = None
+    ) -> None:
         self.data, self.extractor, self.size = data, extractor, size
         key = {
-            "data": fingerprint(data.config),
+            "data": fingerprint(data.config, (cache,) if out is None else (cache, out)),
             "network": extractor.identity,
             "size": size,
             "limit": data.limit,

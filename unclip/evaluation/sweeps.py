@@ -125,15 +125,16 @@ def sweep(
     """Do this process's share of every point and, where all are done then, write the report to `out`, with sweep.png;
     None where others are at work. Entered again, it goes on; more points may be added.
 
-    Raises UnclipError: `out` was begun with other settings, an option that the model cannot follow.
+    Raises UnclipError: `out` was begun with other settings or data, an option that the model cannot follow.
     """
     need_eval()
     share = Share() if share is None else share
     sources = [_at(drawn, point) for point in asked.points]  # refuses what cannot be drawn before anything is written
     network = {"network": extractor.identity, "size": size}
     where = {**describe(prompts.config), "limit": prompts.limit}
-    begin(out, {"kind": asked.title, "source": drawn.identity, "prompts": where, **network})
-    truth = RealFeatures(real, extractor, size, cache or default_cache())
+    cache = cache or default_cache()
+    begin(out, {"kind": asked.title, "source": drawn.identity, "prompts": where, **network}, prompts.config, cache)
+    truth = RealFeatures(real, extractor, size, cache, out)
     truth.make(share, lambda number: told("real pictures", number))
     points = []
     for point, source in zip(asked.points, sources, strict=True):

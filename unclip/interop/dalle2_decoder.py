@@ -213,6 +213,7 @@ def _body(
 ) -> dict[str, Any]:
     dim = state["image_to_tokens.weight"].shape[1]
     shape = shape_of(unet, state, era)
+    diffusion = diffusion_of(checkpoint, told, 0)
     shape["image_size"] = at(told.get("image_sizes"), 0) or told.get("image_size") or 64
     return {
         "version": era.version,
@@ -224,8 +225,8 @@ def _body(
         "drop_embedding": told.get("image_cond_drop_prob", 0.1),
         "drop_text": told.get("text_cond_drop_prob", 0.5),
         "unet": shape,
-        "diffusion": diffusion_of(checkpoint, told, 0),
-        "steps": at(told.get("sample_timesteps"), 0) or 100,
+        "diffusion": diffusion,
+        "steps": at(told.get("sample_timesteps"), 0) or min(100, diffusion["timesteps"]),
         "guidance": 2.0,
     }
 

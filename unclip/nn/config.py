@@ -13,8 +13,8 @@ class UNetConfig(Config):
     """Shape of the U-Net; the paper's sizes are in configs/."""
 
     image_size: int = Field(64, ge=4, description="edge the network is trained at; fixes where attention sits")
-    model_channels: int = Field(64, ge=8)
-    channel_mult: tuple[int | float, ...] = (1, 2, 3, 4)
+    model_channels: int = Field(64, ge=8, multiple_of=2, description="even; half the timestep's features are cosines")
+    channel_mult: tuple[int | float, ...] = Field((1, 2, 3, 4), min_length=1, description="width of each level")
     num_res_blocks: int | tuple[int, ...] = Field(2, description="residual blocks a level, or one number for each")
     attention_resolutions: tuple[int, ...] = Field((), description="feature map edges that get attention")
     middle_attention: bool | None = Field(
@@ -41,6 +41,8 @@ class UNetConfig(Config):
         levels, blocks = len(self.channel_mult), self.num_res_blocks
         if not isinstance(blocks, int) and len(blocks) != levels:
             raise ValueError(f"num_res_blocks names {len(blocks)} levels, channel_mult {levels}")
+        if min((blocks,) if isinstance(blocks, int) else blocks) < 0:
+            raise ValueError("num_res_blocks must be 0 or more at every level")
         for level, width in enumerate(self.widths):
             if width < 1 or width != self.model_channels * self.channel_mult[level]:
                 raise ValueError(
@@ -60,13 +62,18 @@ class UNetConfig(Config):
         """Channels of each level."""
         return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
 
+    @property
+    def multiple(self) -> int:
+        """What the edges of its input must be divisible by."""
+        return int(self.patch_size * 2 ** (len(self.channel_mult) - 1))
+
 
 class EfficientUNetConfig(Config):
     """Shape of an Efficient U-Net; the defaults are Imagen's super-resolution networks (App. F)."""
 
     kind: Literal["efficient"] = "efficient"
     image_size: int = Field(64, ge=4, description="edge the network is trained at")
-    model_channels: int = Field(128, ge=8)
+    model_channels: int = Field(128, ge=8, multiple_of=2)
     channel_mult: tuple[int, ...] = Field((1, 2, 4, 8), min_length=1, description="width of each level")
     num_res_blocks: tuple[int, ...] = Field((2, 4, 8, 8), min_length=1, description="residual blocks of each level")
     bottom_attention: bool = Field(False, description="self-attention after the blocks of the lowest level")

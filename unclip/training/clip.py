@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from unclip.bundle import BUNDLED, MANIFEST, load_strict, read_manifest, resolve_model
 from unclip.clip import build_trainable, clip_loss, save_folder, write_vocabulary
 from unclip.clip_identity import WEIGHTS_FILE
-from unclip.errors import UnclipError
-from unclip.training.clip_config import VOCABULARY, ClipRunConfig
+from unclip.errors import UnclipError, UsageError
+from unclip.training.clip_config import VOCABULARY, ClipRunConfig, check_batch
 from unclip.training.distributed import Distributed
+from unclip.training.engine import micro_batch_size
 from unclip.training.finetune import Tuning
 from unclip.training.launch import open_batches
 from unclip.training.loop import fit
@@ -22,6 +23,10 @@ from unclip.training.loop import fit
 
 def run(config: ClipRunConfig, distributed: Distributed) -> Path:
     """Train and write the model in open_clip's local-dir layout."""
+    try:
+        check_batch(micro_batch_size(config.train, distributed))  # several processes share a batch
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     run_dir = Path(config.train.run_dir)
     vocabulary_folder = run_dir / f"vocabulary-{distributed.rank}"  # one a process: no file is written twice
     try:

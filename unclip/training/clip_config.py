@@ -18,6 +18,12 @@ class TowerConfig(Config):
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
 
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TowerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide width {self.width}")
+        return self
+
 
 class ClipConfig(Config):
     """A ViT and a causal text Transformer meeting in `embed_dim`."""
@@ -31,6 +37,12 @@ class ClipConfig(Config):
     )
     vision: TowerConfig = TowerConfig()
     text: TowerConfig = TowerConfig()
+
+    @model_validator(mode="after")
+    def _has_patches(self) -> ClipConfig:
+        if self.patch_size > self.image_size:
+            raise ValueError(f"patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        return self
 
     def open_clip_config(self) -> dict[str, Any]:
         """The `model_cfg` of open_clip_config.json."""
@@ -97,3 +109,21 @@ class ClipRunConfig(Config):
         if self.train.lora is not None:
             raise ValueError("train.lora is for priors, decoders and upsamplers; a CLIP has train.freeze and trainable")
         return self
+
+    @model_validator(mode="after")
+    def _compares(self) -> ClipRunConfig:
+        check_batch(self.train.batch_size // self.train.accumulation)
+        edge = self.data.crop_size or self.data.image_size
+        if edge != self.model.image_size:
+            name = "crop_size" if self.data.crop_size else "image_size"
+            raise ValueError(f"data.{name} is {edge}, expected model.image_size {self.model.image_size}")
+        return self
+
+
+def check_batch(at_once: int) -> None:
+    """ValueError for pictures that are seen one by one."""
+    if at_once < 2:
+        raise ValueError(
+            "a CLIP learns by telling the pictures of a batch apart and sees only one at once; let train.batch_size be "
+            "at least twice train.accumulation times the processes"
+        )

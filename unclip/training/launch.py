@@ -17,6 +17,7 @@ from unclip.config import ConfigT, DataConfig, TrainConfig, load_config
 from unclip.errors import UnclipError, UsageError
 from unclip.notices import CaptionCut, in_lines
 from unclip.training.settings import deepspeed_config, settle
+from unclip.training.wandb_run import mode_from
 
 if TYPE_CHECKING:
     from unclip.data import Batches, Complete
@@ -38,7 +39,9 @@ def main_for(
     argv: list[str] | None = None,
 ) -> None:
     """Parse `--config FILE [key=value …]`, load the configuration and run. Exit code 2 for wrong usage, 1 for failure,
-    130 and 143 after SIGINT and SIGTERM. PyTorch loads when the configuration is found to be right."""
+    130 and 143 after SIGINT and SIGTERM; whatever goes wrong is told in one sentence, and with --debug as a traceback.
+    PyTorch loads when the configuration is found to be right.
+    """
     parser = _Parser(description=description)
     parser.add_argument("--config", required=True, help="YAML file; the ready ones are in configs/")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -59,6 +62,7 @@ def main_for(
             world_size = int(os.environ.get("WORLD_SIZE", 1))
             train = settle(train, world_size)
             config = config.model_copy(update={"train": train})
+            mode_from(train.wandb)  # a WANDB_MODE that does not exist is told now, not when all is loaded
             if arguments.print_deepspeed:
                 if is_main:
                     print(json.dumps(deepspeed_config(train, world_size), indent=2))
@@ -77,6 +81,13 @@ def main_for(
         if is_main:
             print(f"{script}: interrupted; what was saved before is there to go on from", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        lines = str(error).strip().splitlines()
+        told = f"unexpected {type(error).__name__}: {lines[0] if lines else 'no message'}; --debug shows where"
+        print(f"{script}: {told}", file=sys.stderr)
+        sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
 

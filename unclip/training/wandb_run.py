@@ -10,10 +10,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unclip.bundle import write_json
-from unclip.config import TrainConfig
+from unclip.config import TrainConfig, WandbConfig
+from unclip.errors import UsageError
 
 IDENTITY = "wandb.json"
+_MODES = {mode: mode for mode in ("online", "offline", "disabled", "shared")} | {"run": "online", "dryrun": "offline"}
+"""What WANDB_MODE may say, and what it means here; the last two are older names."""
+
+
+def mode_from(config: WandbConfig) -> str:
+    """`mode`, where it is not auto, or what WANDB_MODE says; "auto" where neither says anything.
+
+    Raises UsageError: a WANDB_MODE that does not exist.
+    """
+    said = os.environ.get("WANDB_MODE")
+    if config.mode != "auto" or not said:
+        return config.mode
+    if said not in _MODES:
+        raise UsageError(
+            f"the environment variable WANDB_MODE is {said!r}; expected online, offline or disabled, or set "
+            "train.wandb.mode, which goes before it"
+        )
+    return _MODES[said]
 
 
 class WandbRun:
@@ -25,8 +43,9 @@ class WandbRun:
 
     def __init__(self, run_dir: Path, config: TrainConfig, full_config: Mapping[str, Any], stage: str = "") -> None:
         self._run: Any = None
+        project = config.wandb.project or os.environ.get("WANDB_PROJECT") or "unclip"
         self._options = {
-            "project": config.wandb.project,
+            "project": project,
             "name": config.wandb.name or run_dir.name,
             "tags": list(config.wandb.tags),
             "group": config.wandb.group,
@@ -35,7 +54,7 @@ class WandbRun:
             "config": dict(full_config),
             "resume": "allow",
         }
-        mode = config.wandb.mode
+        mode = mode_from(config.wandb)
         if mode == "disabled":
             return
         try:
@@ -44,7 +63,7 @@ class WandbRun:
             os.environ.setdefault("WANDB_SILENT", "true")
             if mode == "auto":
                 mode = "online" if os.environ.get("WANDB_API_KEY") or _stored_key(wandb) else "offline"
-            self._options["id"] = _identity(run_dir, config.wandb.project)
+            self._options["id"] = _identity(run_dir, project)
             self._run = self._start(wandb, mode)
         except Exception as error:  # not installed, not logged in, no network, a full disk, a change of its interface
             self._fail("could not be started", error)
@@ -77,7 +96,7 @@ class WandbRun:
         try:
             return wandb.init(**self._options, mode=mode)
         except Exception as error:
-            if mode != "online":
+            if mode == "offline":
                 raise
             warnings.warn(
                 f"Weights & Biases could not be reached ({_first_line(error)}); this run is recorded offline in "
@@ -114,6 +133,8 @@ def _identity(run_dir: Path, project: str) -> str:
     """The id of this folder's run in a project: the one it has, or a new one that is kept from now on."""
     import json
     import secrets
+
+    from unclip.bundle import write_json
 
     file = run_dir / IDENTITY
     try:
