@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import unclip.bundle
 from unclip import UnCLIP, UnclipError, UsageError
 from unclip.assemble import assemble
+from unclip.bundle import read_manifest
 from unclip.clip_identity import identify
 from unclip.describe import describe_model
 
@@ -120,6 +122,19 @@ def test_missing_and_wrong_parts(tiny_parts: dict[str, Path], tmp_path: Path) ->
     with pytest.raises(UnclipError, match="no model card"):
         assemble(tmp_path / "b", {"clip": clip, "decoder": decoder}, card=tmp_path / "none.md")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_runs_folder_in_the_place_of_its_model(tiny_parts: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    wanted = re.escape(f"(found: a run, whose model is {run / 'model'})")
+    with pytest.raises(UnclipError, match=f"is not a model part: config.json is missing {wanted}"):
+        assemble(tmp_path / "b", {"clip": tiny_parts["clip"], "decoder": run})
+    with pytest.raises(UnclipError, match=f"is not an open_clip model: open_clip_config.json is missing {wanted}"):
+        assemble(tmp_path / "b", {"clip": run, "decoder": tiny_parts["decoder"]})
+    with pytest.raises(UnclipError, match=f"is not a bundle: unclip.json is missing {wanted}"):
+        read_manifest(run)
 
 
 def test_a_pickled_clip_is_refused(tiny_parts: dict[str, Path], tmp_path: Path) -> None:

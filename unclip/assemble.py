@@ -33,7 +33,7 @@ from unclip.bundle import (
 )
 from unclip.clip_identity import CONFIG_FILE, WEIGHTS_FILE, identify, same_clip
 from unclip.components import PrincipalComponents
-from unclip.errors import UnclipError, UsageError
+from unclip.errors import UnclipError, UsageError, contents
 from unclip.pipeline import UnCLIP
 
 _KINDS = {"prior": "prior", "decoder": "decoder", "upsampler_256": "upsampler", "upsampler_1024": "upsampler"}
@@ -176,10 +176,7 @@ def _copy_clip(source: Path, target: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file, save_file
 
     if not (source / CONFIG_FILE).is_file():
-        found = ", ".join(sorted(p.name for p in source.iterdir())) if source.is_dir() else "no such folder"
-        raise UnclipError(
-            f"{source} is not an open_clip model: {CONFIG_FILE} is missing (found: {found or 'nothing'})"
-        )
+        raise UnclipError(f"{source} is not an open_clip model: {CONFIG_FILE} is missing (found: {contents(source)})")
     weights = next((source / name for name in _CLIP_WEIGHTS if (source / name).is_file()), None)
     if weights is None:
         raise UnclipError(

@@ -22,9 +22,13 @@ class UsageError(UnclipError):
 
 
 def contents(folder: Path) -> str:
-    """What an error adds about a folder that lacks something: the names in it, the first of many."""
+    """What an error adds about a folder that lacks something: the names in it, the first of many, or of a run's folder
+    where its model is.
+    """
     if not folder.is_dir():
         return "no such folder"
+    if (folder / "model").is_dir() and (folder / "config.yaml").is_file():
+        return f"a run, whose model is {folder / 'model'}"
     names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
     return f"{', '.join(names[:TOLD]) or 'nothing'}{more}"
