@@ -279,6 +279,26 @@ def test_a_feather_lies_inside_the_mask() -> None:
         feather(mask, -2)
 
 
+@pytest.mark.parametrize("pixels", [1, 3, 8])
+def test_only_the_surroundings_of_a_mask_are_worked_on(pixels: int) -> None:
+    """And the result is that of the whole picture, which a faint spot in each corner makes them work on."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((slice(12, 30), slice(20, 41)), (slice(0, 9), slice(30, 60)), (slice(25, 40), slice(9, 22))):
+        mask = torch.zeros(40, 60)
+        part = mask[rows, columns]
+        part.copy_((torch.rand(part.shape, generator=generator) > 0.3) * torch.rand(part.shape, generator=generator))
+        spots = torch.zeros(40, 60)
+        spots[[0, 0, -1, -1], [0, -1, 0, -1]] = 1e-6
+        before = mask.clone()
+        grown = dilate(torch.maximum(mask, spots), pixels)
+        assert torch.equal(dilate(mask, pixels), torch.where(grown > 1e-6, grown, 0))
+        soft = feather(torch.maximum(mask, spots), pixels)
+        torch.testing.assert_close(feather(mask, pixels), soft, atol=1e-6, rtol=0)
+        assert torch.equal(mask, before)
+    empty = torch.zeros(5, 5)
+    assert torch.equal(dilate(empty, 2), empty) and torch.equal(feather(empty, 2), empty)
+
+
 def test_box_and_cells_of_a_mask() -> None:
     mask = torch.zeros(12, 12)
     mask[5, 3:9] = 0.25

@@ -98,17 +98,19 @@ def dilate(mask: Tensor, pixels: int) -> Tensor:
     """(H, W) -> (H, W): what is to be repainted grows by a disc of radius `pixels`, grey values with it."""
     if pixels < 0:
         raise UsageError(f"dilate is {pixels}, expected 0 pixels or more")
-    if not pixels:
+    if not pixels or not bool((mask > 0).any()):
         return mask
+    whole, area = mask.clone(), _around(mask, pixels)
+    mask = mask[area]
     height, width = mask.shape
-    result = mask.clone()
+    result = whole[area]  # nothing grows further
     for dy in range(-min(pixels, height - 1), min(pixels, height - 1) + 1):
         reach = min(int((pixels**2 - dy**2) ** 0.5), width - 1)
         rows = mask[max(dy, 0) : height + min(dy, 0)]
         spread = F.max_pool1d(rows[:, None], 2 * reach + 1, stride=1, padding=reach)[:, 0]
         target = result[max(-dy, 0) : height - max(dy, 0)]
         torch.maximum(target, spread, out=target)
-    return result
+    return whole
 
 
 def feather(mask: Tensor, pixels: int) -> Tensor:
@@ -120,8 +122,10 @@ def feather(mask: Tensor, pixels: int) -> Tensor:
     """
     if pixels < 0:
         raise UsageError(f"feather is {pixels}, expected 0 pixels or more")
-    keep = -mask[None, None]
-    total = mask.clone()
+    if not pixels or not bool((mask > 0).any()):
+        return mask
+    whole, area = mask.clone(), _around(mask, 1)  # with what is kept beside it, where the ramp begins
+    keep, total = -mask[area][None, None], whole[area]
     for step in range(pixels):
         if step % 2:
             keep = F.max_pool2d(keep, 3, stride=1, padding=1)
@@ -129,7 +133,14 @@ def feather(mask: Tensor, pixels: int) -> Tensor:
             down, across = F.max_pool2d(keep, (3, 1), 1, (1, 0)), F.max_pool2d(keep, (1, 3), 1, (0, 1))
             keep = torch.maximum(down, across)
         total -= keep[0, 0]
-    return total / (pixels + 1)
+    total /= pixels + 1
+    return whole
+
+
+def _around(mask: Tensor, pixels: int) -> tuple[slice, slice]:
+    """Rows and columns of the box around everything that is not kept, and of so many pixels beside it."""
+    left, top, right, bottom = mask_box(mask)
+    return slice(max(top - pixels, 0), bottom + pixels), slice(max(left - pixels, 0), right + pixels)
 
 
 def mask_box(mask: Tensor) -> tuple[int, int, int, int]:
