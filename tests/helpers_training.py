@@ -117,6 +117,23 @@ def train(
     return torch.load(folder / "model" / "state.pt", weights_only=True)  # type: ignore[no-any-return]
 
 
+def refused_before_loading(stage: str, *arguments: str) -> str:
+    """What train_STAGE.py says on stderr of a line that it refuses, having loaded nothing heavy: of eight processes
+    each would load PyTorch and the libraries of data and models, only to end.
+    """
+    script = f"train_{stage}.py"
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {[script, *arguments]!r}\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, *sorted(set(sys.modules) & {'torch', 'datasets', 'deepspeed'}))"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout == "2\n", done.stderr
+    return done.stderr
+
+
 def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows(folder)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -240,7 +241,6 @@ def test_a_failed_save_leaves_the_old_part(tmp_path: Path, monkeypatch: pytest.M
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
     """What the system refuses to write beyond, as a full disk does."""
-    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

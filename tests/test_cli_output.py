@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +115,19 @@ def test_what_the_system_refuses_is_not_unexpected(fails: Fails, monkeypatch: py
     assert fails(1, "info") == f"unclip: some/file: {os.strerror(code)}\n"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize(("unbuffered", "what"), [("", "cannot write to stdout"), ("1", "cannot write")])
-def test_a_full_stdout(tiny_bundle: Path, unbuffered: str, what: str) -> None:
+def test_a_full_stdout(tiny_bundle: Path, tmp_path: Path, unbuffered: str, what: str) -> None:
+    """A file that has reached the size which the system allows, as on a full disk."""
+    size = 2**20
     command = [sys.executable, "-m", "unclip", "info", "--model", str(tiny_bundle)]
     environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered}
-    with Path("/dev/full").open("w") as full:
-        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (1, f"unclip: {what}: No space left on device\n")
+    limited = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    (tmp_path / "stdout").write_bytes(bytes(size))
+    with (tmp_path / "stdout").open("a") as full:
+        done = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, preexec_fn=limited
+        )
+    assert (done.returncode, done.stderr) == (1, f"unclip: {what}: File too large\n")
 
 
 SLOW = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_training import refused_before_loading
 
 from decoder.config import DecoderConfig, DecoderRunConfig
 from decoder.start import read_shape, with_start
@@ -83,14 +83,8 @@ def test_the_bounds_themselves_are_possible() -> None:
 
 
 def test_a_decoders_pictures_are_of_its_size_before_torch_loads() -> None:
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = ['train_decoder.py', '--config', {str(CONFIGS / RECIPES['decoder'][1])!r}, 'data.image_size=32']\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "except SystemExit as end: print(end.code, *sorted(set(sys.modules) & {'torch', 'datasets', 'deepspeed'}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent)
-    assert done.stdout == "2\n" and "expected model.unet.image_size 64" in done.stderr, done.stderr
+    said = refused_before_loading("decoder", "--config", str(CONFIGS / RECIPES["decoder"][1]), "data.image_size=32")
+    assert "expected model.unet.image_size 64" in said
 
 
 def test_a_decoder_that_starts_from_another_has_its_size() -> None:

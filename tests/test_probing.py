@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -189,7 +190,6 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_letters_that_a_font_has_not_are_named() -> None:
-    matplotlib = pytest.importorskip("matplotlib")
     font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     for text in ("猫 犬", "猫"):
         for given in (None, font):

@@ -235,9 +235,9 @@ class Editing(Stages):
         told = None if text is None or weight == 1 else self._prior(text, seeds, options, progress)
         if told is not None and weight == 0:
             return told, caption
-        unit = self.decoder.config.embedding_length == "unit"
         pixels = resize(square, self.clip.image_size)
-        own = self._timed("clip", lambda: self.clip.encode_image(pixels, unit_length=unit)).expand(len(seeds), -1)
+        own = self._timed("clip", lambda: self.clip.encode_image(pixels, unit_length=self.unit_length))
+        own = own.expand(len(seeds), -1)
         return (own if told is None else slerp(told, own, weight)), caption
 
     def _painter(

@@ -71,7 +71,7 @@ class Inversion(Stages):
         if refinements < 0:
             raise UsageError(f"refinements is {refinements}, expected 0 or more")
         pixels = image_pixels(images, self.decoder.config.image_size, self.device)
-        embedding = self._timed("clip", lambda: self._clip_embedding(images))
+        embedding = self._timed("clip", lambda: self.embed_image(images))
         return self._encode(pixels, embedding, steps, refinements, progress)
 
     @overload
@@ -129,11 +129,6 @@ class Inversion(Stages):
         return RoundTrip(latents, self._enlarge(small, seeds, chosen, progress), psnr)
 
     # ---- inside ----------------------------------------------------------------------------------------
-
-    def _clip_embedding(self, images: Any) -> Tensor:
-        """z_i as the decoder takes it, (B, E)."""
-        unit = self.decoder.config.embedding_length == "unit"
-        return self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device), unit_length=unit)
 
     @torch.inference_mode()
     def _encode(

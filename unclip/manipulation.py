@@ -216,7 +216,7 @@ class Manipulation(Inversion):
                 pictures[place] = image_pixels(end, small, self.device)
                 if len(pictures[place]) != 1:
                     raise UsageError(f"an end is a single picture, got {len(pictures[place])}")
-                embeddings[place] = self._timed("clip", partial(self._clip_embedding, end))
+                embeddings[place] = self._timed("clip", partial(self.embed_image, end))
         z = torch.cat([embeddings[place] for place in range(len(ends))])
         if not inverted:
             return Latents(z, None, (), own)

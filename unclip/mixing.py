@@ -72,8 +72,7 @@ class Mixing(Stages):
         texts = check_prompts([text for text, _ in prompts]) if prompts else []
         self.timings = Timings()
         pixels = [image_pixels(image, self.clip.image_size, self.device) for image, _ in images]
-        unit = self.decoder.config.embedding_length == "unit"
-        fixed = [self._timed("clip", partial(self.clip.encode_image, one, unit_length=unit)) for one in pixels]
+        fixed = [self._timed("clip", partial(self.embed_image, one)) for one in pixels]
         for one in fixed:
             if len(one) != 1:
                 raise UsageError(f"each image of a mixture is a single one, got {len(one)}")

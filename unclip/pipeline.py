@@ -262,8 +262,7 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         seeds = check_seeds([seed + i for i in range(num_images)], num_images)
         self.timings = Timings()
         pixels = image_pixels(image, self.clip.image_size, self.device)
-        unit = self.decoder.config.embedding_length == "unit"
-        embedding = self._timed("clip", lambda: self.clip.encode_image(pixels, unit_length=unit))
+        embedding = self._timed("clip", lambda: self.embed_image(pixels))
         if len(embedding) != 1:
             raise UsageError(f"variations takes one image, got {len(embedding)}")
         images = self._render(embedding.expand(num_images, -1), None, seeds, chosen, progress)
@@ -305,7 +304,6 @@ class UnCLIP(Manipulation, Editing, Probing, Mixing, Reranking, Stages, Upscalin
         check_output(output)
         chosen = self._options(options)
         self.timings = Timings()
-        unit = self.decoder.config.embedding_length == "unit"
-        embedding = check_embeddings(embeddings, self.clip.embedding_dim, unit_length=unit)
+        embedding = check_embeddings(embeddings, self.clip.embedding_dim, unit_length=self.unit_length)
         images = self._render(embedding, None, check_seeds(seed, len(embedding)), chosen, progress)
         return self._finish(images, output)

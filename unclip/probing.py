@@ -85,9 +85,9 @@ class Probing(Stages):
         rebuilt = torch.cat([components.reconstruct(whole, number) for number in own])
         errors = (whole - rebuilt).norm(dim=1) / whole.norm()
         cosines = torch.nn.functional.cosine_similarity(whole, rebuilt)
-        if self._unit and bool((rebuilt.norm(dim=1) == 0).any()):
+        if self.unit_length and bool((rebuilt.norm(dim=1) == 0).any()):
             raise UsageError("the embedding rebuilt has no length; take more dimensions")
-        taken = torch.nn.functional.normalize(rebuilt, dim=1) if self._unit else rebuilt
+        taken = torch.nn.functional.normalize(rebuilt, dim=1) if self.unit_length else rebuilt
         seeds = check_seeds(seed, len(own))
         images = self._finish(self._render(taken, None, seeds, chosen, progress), "pil")
         return Reconstructions(own, rebuilt, tuple(errors.tolist()), tuple(cosines.tolist()), images)
@@ -249,16 +249,12 @@ class Probing(Stages):
             whole.append([self._finish(images, "pil") for images in drawn])
         return whole
 
-    @property
-    def _unit(self) -> bool:
-        return bool(self.decoder.config.embedding_length == "unit")
-
     def _embedded(self, image: Any) -> Tensor:
         """The embedding (1, E) of one image, of the length that the decoder takes."""
         pixels = image_pixels(image, self.clip.image_size, self.device)
         if len(pixels) != 1:
             raise UsageError(f"one image is taken, got {len(pixels)}")
-        return self._timed("clip", lambda: self.clip.encode_image(pixels, unit_length=self._unit))  # type: ignore[no-any-return]
+        return self._timed("clip", lambda: self.embed_image(pixels))  # type: ignore[no-any-return]
 
     def _components(self) -> PrincipalComponents:
         if self.components is None:

@@ -62,6 +62,11 @@ class Stages:
             sizes.append(sizes[-1] * stage.config.factor)
         return tuple(sizes)
 
+    @property
+    def unit_length(self) -> bool:
+        """Whether the decoder reads embeddings of length 1, and not as long as the CLIP makes them."""
+        return self.decoder.config.embedding_length == "unit"
+
     def embed_text(self, prompts: str | Sequence[str]) -> TextFeatures:
         """CLIP's features of prompts: token features, mask, and embeddings (B, E) of unit length."""
         return self.clip.encode_text(check_prompts(prompts))
@@ -71,7 +76,7 @@ class Stages:
         and paths. Their length is 1 with `unit_length`, without it the CLIP's own, and by default the one that this
         model's decoder takes: 1, unless it was trained on the CLIP's own, as Karlo's was.
         """
-        unit = self.decoder.config.embedding_length == "unit" if unit_length is None else unit_length
+        unit = self.unit_length if unit_length is None else unit_length
         embedding = self.clip.encode_image(image_pixels(images, self.clip.image_size, self.device), unit_length=unit)
         check_finite(embedding, "clip")
         return embedding

@@ -138,8 +138,7 @@ def decode(
     sampling = options.given(size=size, **solving.given())
     setting = Setting.of("decode", drawing, sampling)
     system = setting.load()
-    unit = system.decoder.config.embedding_length == "unit"
-    rows = check_embeddings(array, system.clip.embedding_dim, unit_length=unit)
+    rows = check_embeddings(array, system.clip.embedding_dim, unit_length=system.unit_length)
     jobs = [
         Job(f"{embeddings.stem} {row}", drawing.seed + i, extra={"embeddings": str(embeddings), "row": row})
         for row in range(len(rows))
